@@ -1,0 +1,129 @@
+// The Python module sparsert._C. It takes addresses, sizes and a stream as integers, so it depends on no version of
+// torch; sparsert/ops checks tensors before it calls.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "pack_cpu.h"
+#ifdef SPARSERT_CUDA
+#include <cuda_runtime_api.h>
+
+#include "../kernels/cuda/api.h"
+#include "select.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void pack24_cpu(uintptr_t dense, uintptr_t mask, uintptr_t values, uintptr_t metadata, uintptr_t stats, int64_t rows,
+                int64_t columns, int64_t row_stride, int dtype, int threads) {
+  py::gil_scoped_release release;
+  sparsert::pack24_cpu(pointer<void>(dense), pointer<uint8_t>(mask), pointer<void>(values), pointer<uint32_t>(metadata),
+                       pointer<int64_t>(stats), rows, columns, row_stride, dtype == 2 ? 4 : 2, threads);
+}
+
+void unpack24_cpu(uintptr_t values, uintptr_t metadata, uintptr_t dense, int64_t rows, int64_t columns, int dtype,
+                  int threads) {
+  py::gil_scoped_release release;
+  sparsert::unpack24_cpu(pointer<void>(values), pointer<uint32_t>(metadata), pointer<void>(dense), rows, columns,
+                         dtype == 2 ? 4 : 2, threads);
+}
+
+#ifdef SPARSERT_CUDA
+void check(int error, const char* what) {
+  if (error != 0) {
+    const auto code = static_cast<cudaError_t>(error);
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(code) + ": " + cudaGetErrorString(code));
+  }
+}
+
+void linear24_cuda(uintptr_t values, uintptr_t metadata, uintptr_t x, uintptr_t bias, uintptr_t y, int M, int N, int K,
+                   int64_t ldx, int dtype, uintptr_t stream) {
+  const sparsert::Linear24Arguments arguments{pointer<void>(values), pointer<uint32_t>(metadata), pointer<void>(x),
+                                              pointer<void>(bias),   pointer<void>(y),            M, N, K, ldx,
+                                              static_cast<sparsert::DType>(dtype)};
+  const sparsert::DeviceFacts device = sparsert::current_device_facts();
+  check(sparsert::linear24(arguments, sparsert::select_linear24(M, N, K, device), device.capability >= 90,
+                           pointer<void>(stream)),
+        "linear24");
+}
+
+// One named tile instead of the chosen one: for tuning and for tests that cover every tile.
+void linear24_cuda_with(uintptr_t values, uintptr_t metadata, uintptr_t x, uintptr_t bias, uintptr_t y, int M, int N,
+                        int K, int64_t ldx, int dtype, uintptr_t stream, int config, int splits) {
+  const sparsert::Linear24Arguments arguments{pointer<void>(values), pointer<uint32_t>(metadata), pointer<void>(x),
+                                              pointer<void>(bias),   pointer<void>(y),            M, N, K, ldx,
+                                              static_cast<sparsert::DType>(dtype)};
+  check(sparsert::linear24(arguments, {config, splits}, sparsert::current_device_facts().capability >= 90,
+                           pointer<void>(stream)),
+        "linear24");
+}
+
+std::vector<std::string> linear24_configs() {
+  std::vector<std::string> names;
+  for (int i = 0; i < sparsert::linear24_config_count(); ++i) names.emplace_back(sparsert::linear24_config_name(i));
+  return names;
+}
+
+std::string linear24_choice(int M, int N, int K, int multiprocessors, int capability) {
+  const sparsert::Linear24Choice choice = sparsert::select_linear24(M, N, K, {multiprocessors, capability});
+  return std::string(sparsert::linear24_config_name(choice.config)) + ", inputs split over " +
+         std::to_string(choice.splits) + (choice.splits == 1 ? " block" : " blocks of a cluster");
+}
+
+void pack24_cuda(uintptr_t dense, uintptr_t mask, uintptr_t values, uintptr_t metadata, uintptr_t stats, int N, int K,
+                 int64_t ld, int dtype, uintptr_t stream) {
+  check(sparsert::pack24({pointer<void>(dense), pointer<uint8_t>(mask), pointer<void>(values),
+                          pointer<uint32_t>(metadata), pointer<long long>(stats), N, K, ld,
+                          static_cast<sparsert::DType>(dtype)},
+                         pointer<void>(stream)),
+        "pack24");
+}
+
+void unpack24_cuda(uintptr_t values, uintptr_t metadata, uintptr_t dense, int N, int K, int dtype, uintptr_t stream) {
+  check(sparsert::unpack24({pointer<void>(values), pointer<uint32_t>(metadata), pointer<void>(dense), N, K,
+                            static_cast<sparsert::DType>(dtype)},
+                           pointer<void>(stream)),
+        "unpack24");
+}
+#endif
+
+std::vector<std::string> cuda_architectures() {
+  std::vector<std::string> names;
+#ifdef SPARSERT_CUDA
+  const std::string list = SPARSERT_CUDA_ARCHITECTURES;  // "80 86 90a"
+  for (size_t begin = 0; begin < list.size();) {
+    const size_t end = std::min(list.find(' ', begin), list.size());
+    if (end > begin) names.push_back(list.substr(begin, end - begin));
+    begin = end + 1;
+  }
+#endif
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Compiled part of sparsert: CPU packers and, when built with nvcc, the CUDA kernels.";
+  module.def("cuda_architectures", &cuda_architectures);
+  module.def("pack24_cpu", &pack24_cpu);
+  module.def("unpack24_cpu", &unpack24_cpu);
+#ifdef SPARSERT_CUDA
+  module.def("linear24_cuda", &linear24_cuda);
+  module.def("linear24_cuda_with", &linear24_cuda_with);
+  module.def("linear24_configs", &linear24_configs);
+  module.def("linear24_choice", &linear24_choice);
+  module.def("pack24_cuda", &pack24_cuda);
+  module.def("unpack24_cuda", &unpack24_cuda);
+#endif
+}

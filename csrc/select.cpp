@@ -1,0 +1,76 @@
+#include "select.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+
+// On Hopper and datacentre Blackwell a small measured table decides; a shape that is not in it takes the choice of
+// the nearest one that is, where near means a small ratio of outputs and of inputs. Nothing is tuned at run time.
+// Other GPUs get the small tile that fits their shared memory (not tuned: no such GPU was at hand).
+
+namespace sparsert {
+namespace {
+
+constexpr int kChunk = 256;
+constexpr int kMaxSplits = 8;
+constexpr int kSmallTile = 0;  // 32 outputs, fits 99 KB of shared memory at every batch
+constexpr int kSmallTileOutputs = 32;
+
+constexpr std::array<int, 8> kTableBatches = {1, 4, 8, 16, 24, 32, 48, 64};
+
+struct TableRow {
+  int N, K;
+  Linear24Choice choices[kTableBatches.size()];
+};
+
+constexpr TableRow kTable[] = {
+#include "linear24_table.inc"
+};
+
+double ratio(int a, int b) { return a > b ? double(a) / b : double(b) / a; }
+
+}  // namespace
+
+DeviceFacts current_device_facts() {
+  constexpr int kDevices = 64;
+  static std::array<std::atomic<int>, kDevices> cache{};  // multiprocessors * 1000 + capability; 0: not asked yet
+  int device = 0;
+  cudaGetDevice(&device);
+  int packed = device < kDevices ? cache[device].load(std::memory_order_relaxed) : 0;
+  if (packed == 0) {
+    int multiprocessors = 1, major = 0, minor = 0;
+    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    packed = multiprocessors * 1000 + major * 10 + minor;
+    if (device < kDevices) cache[device].store(packed, std::memory_order_relaxed);
+  }
+  return {packed / 1000, packed % 1000};
+}
+
+Linear24Choice select_linear24(int M, int N, int K, const DeviceFacts& device) {
+  const int chunks = (K + kChunk - 1) / kChunk;
+  const bool clusters = device.capability >= 90;
+  if (device.capability < 90 || device.capability >= 120) {
+    const int groups = (N + kSmallTileOutputs - 1) / kSmallTileOutputs;
+    const int wanted = (2 * device.multiprocessors + groups - 1) / groups;
+    return {kSmallTile, clusters ? std::clamp(wanted, 1, std::min(kMaxSplits, chunks)) : 1};
+  }
+  const size_t batch = std::lower_bound(kTableBatches.begin(), kTableBatches.end(), M) - kTableBatches.begin();
+  const TableRow* nearest = kTable;
+  double distance = 1e300;
+  for (const TableRow& row : kTable) {
+    const double d = ratio(N, row.N) * ratio(K, row.K);
+    if (d < distance) {
+      distance = d;
+      nearest = &row;
+    }
+  }
+  Linear24Choice choice = nearest->choices[std::min(batch, kTableBatches.size() - 1)];
+  choice.splits = std::min(choice.splits, chunks);
+  return choice;
+}
+
+}  // namespace sparsert

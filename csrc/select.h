@@ -1,0 +1,19 @@
+// Which tile of linear24 runs a problem.
+#pragma once
+
+#include "../kernels/cuda/api.h"
+
+namespace sparsert {
+
+struct DeviceFacts {
+  int multiprocessors;
+  int capability;  // 90 for compute capability 9.0
+};
+
+// Of the current CUDA device; asked for once per device.
+DeviceFacts current_device_facts();
+
+// M is at most linear24_max_batch().
+Linear24Choice select_linear24(int M, int N, int K, const DeviceFacts& device);
+
+}  // namespace sparsert

@@ -1,0 +1,145 @@
+"""Convert a Llama model in GGUF into an ordinary Hugging Face directory, a tensor at a time.
+
+Configuration and tokenizer (with special tokens and chat template) come out of the file through
+``transformers``. The weights do not: its GGUF loader keeps them in 4-bit blocks where it finds a
+kernel for that, and needs a further package; here every tensor is dequantised by the ``gguf``
+package and written as bf16. Only what the default model needs is supported, the Llama architecture.
+
+GGUF stores the rows of the query and key projections interleaved: within a head, row pairs
+``(i, i + head_dim/2)`` of the Hugging Face order stand next to each other.
+
+    file            d0  d1  d2  d3  ...        row 2 i     of a head = Hugging Face row i
+    Hugging Face    d0  d2 ... | d1  d3 ...    row 2 i + 1 of a head = Hugging Face row i + head_dim / 2
+
+Source: the GGUF specification; llama.cpp's rotary embedding works on neighbouring rows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsert.checkpoint.safetensors_file import SafetensorsWriter
+from sparsert.errors import CheckpointError, UnsupportedError
+
+_OUTSIDE_BLOCKS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_IN_BLOCKS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+#: Rotation frequencies that some files carry; the configuration says the same.
+_IGNORED = ("rope_freqs.weight",)
+
+
+def convert_gguf(gguf: Path, output: Path, *, progress: bool = False) -> None:
+    """Write ``config.json``, tokenizer files and ``model.safetensors`` (bf16) from a GGUF file.
+
+    Args:
+        gguf: a Llama model with its tokenizer.
+        output: directory to create.
+        progress: show a bar on standard error if that is a terminal.
+
+    Raises:
+        UnsupportedError: another architecture, or a tensor that Llama does not have.
+        CheckpointError: the package ``gguf`` is missing, or the file is damaged.
+    """
+    try:
+        from gguf import GGUFReader, dequantize
+    except ImportError as error:
+        raise CheckpointError("reading a GGUF file needs the package `gguf`; run `pip install gguf`") from error
+    from tqdm import tqdm
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        reader = GGUFReader(gguf)
+    except (ValueError, OSError, IndexError) as error:
+        raise CheckpointError(f"{gguf}: is no readable GGUF file ({error}); fetch it again") from error
+    architecture = reader.fields["general.architecture"].contents()
+    if architecture != "llama":
+        raise UnsupportedError(f"{gguf}: architecture {architecture!r}; only llama can be converted from GGUF")
+
+    output.mkdir()
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.model_max_length = config.max_position_embeddings
+    if "tokenizer.ggml.pre" in reader.fields and reader.fields["tokenizer.ggml.pre"].contents() == "smollm":
+        split_digits_(tokenizer)
+    tokenizer.save_pretrained(output)
+    tensors = {_new_name(tensor.name): tensor for tensor in reader.tensors if tensor.name not in _IGNORED}
+    # GGUF lists the fastest dimension first
+    layout = {name: (tuple(map(int, reversed(tensor.shape))), torch.bfloat16) for name, tensor in tensors.items()}
+    # disable=None: tqdm stays silent when standard error is no terminal
+    bar = tqdm(tensors.items(), unit="tensor", desc="converting", disable=None if progress else True)
+    with SafetensorsWriter(output / "model.safetensors", layout) as writer:
+        for name, tensor in bar:
+            weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).reshape(layout[name][0])
+            if name.endswith("q_proj.weight"):
+                weight = deinterleave_heads(weight, config.num_attention_heads)
+            elif name.endswith("k_proj.weight"):
+                weight = deinterleave_heads(weight, config.num_key_value_heads)
+            writer.write(name, weight.to(torch.bfloat16))
+    _write_configs(config, output, tied="lm_head.weight" not in tensors)
+
+
+def split_digits_(tokenizer: Any) -> None:
+    """Make a byte-level tokenizer cut text at every digit first, as SmolLM's does.
+
+    The GGUF loader of ``transformers`` does not look at the name of the pre-tokenizer; without this
+    step the whitespace before a digit becomes other tokens than those the model was trained on.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+
+
+def deinterleave_heads(weight: Tensor, heads: int) -> Tensor:
+    """Rows of a query or key projection from GGUF's order into Hugging Face's.
+
+    Args:
+        weight: ``[heads * head_dim, in_features]``.
+        heads: number of query or key heads.
+
+    Returns:
+        A tensor of the same shape.
+    """
+    rows, columns = weight.shape
+    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def _new_name(name: str) -> str:
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    if match and match.group(2) in _IN_BLOCKS:
+        return f"model.layers.{match.group(1)}.{_IN_BLOCKS[match.group(2)]}.weight"
+    if name in _OUTSIDE_BLOCKS:
+        return _OUTSIDE_BLOCKS[name]
+    raise UnsupportedError(f"GGUF tensor {name!r} has no place in a Llama model; the file cannot be converted")
+
+
+def _write_configs(config: Any, output: Path, *, tied: bool) -> None:
+    content = config.to_diff_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        content.pop(key, None)
+    content.update(architectures=["LlamaForCausalLM"], dtype="bfloat16", tie_word_embeddings=tied)
+    (output / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    generation = {
+        key: content[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if content.get(key) is not None
+    }
+    (output / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")

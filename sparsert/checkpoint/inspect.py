@@ -1,0 +1,248 @@
+"""What is in a checkpoint: per tensor its pattern of zeros, what would run sparse, and the bytes saved.
+
+A weight is classed by the fullest of its groups of four inputs:
+
+    1:4     no group holds more than one value (packed like 2:4, with one padded slot)
+    2:4     no group holds more than two
+    other   some group holds three or four, yet a fourth or more of all values are zero
+    dense   everything else
+
+The threshold between "other" and "dense" is for the reader of the table alone: both run dense.
+Trained weights hold practically no exact zeros, weights that went through 4-bit integers up to some
+15 %, pruned ones 30 % and more. Tensors are read one at a time and counted in slices, so a report
+on a model of any size needs little memory; it does need the time to read all weights once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsert.checkpoint.reader import Checkpoint
+from sparsert.errors import SparsertError
+from sparsert.formats.packed import PACKED_DTYPES, packed_nbytes
+
+#: Share of zeros from which a weight that is not 2:4 counts as pruned some other way.
+OTHER_ZERO_SHARE = 0.25
+
+#: Values counted at a time; keeps the temporaries of a slice below 100 MB.
+_SLICE_VALUES = 1 << 24
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorReport:
+    """One tensor.
+
+    Attributes:
+        name: tensor name.
+        shape: sizes.
+        dtype: e.g. ``bfloat16``.
+        zero_share: share of exact zeros, 0-1.
+        bad_groups: groups of four inputs with three or four values; None where groups make no sense.
+        pattern: ``2:4``, ``1:4``, ``other``, ``dense``, or ``-`` for what is no matrix of groups of four.
+        runs_sparse: a block linear that would be packed at load.
+        claimed: the checkpoint says of this weight that it is 2:4.
+        nbytes: bytes as stored.
+        packed_bytes: bytes on the device: packed if it runs sparse, else as stored.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    zero_share: float
+    bad_groups: int | None
+    pattern: str
+    runs_sparse: bool
+    claimed: bool
+    nbytes: int
+    packed_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointReport:
+    """A whole checkpoint.
+
+    Attributes:
+        directory: where it is.
+        architecture: first entry of ``architectures``, else ``model_type``.
+        supported: whether sparsert can run it; None if nobody was asked.
+        unsupported_reason: why not.
+        num_blocks: transformer blocks; None where ``config.json`` does not say.
+        record: what ``sparsert prune`` recorded (method, kept and removed blocks), or None.
+        tensors: one report a tensor, in file order.
+    """
+
+    directory: str
+    architecture: str
+    supported: bool | None
+    unsupported_reason: str | None
+    num_blocks: int | None
+    record: dict[str, Any] | None
+    tensors: tuple[TensorReport, ...]
+
+    def totals(self) -> dict[str, Any]:
+        """Sums over all tensors: bytes now and on the device, sparse and dense linears, broken claims."""
+        return {
+            "tensors": len(self.tensors),
+            "bytes": sum(tensor.nbytes for tensor in self.tensors),
+            "device_bytes": sum(tensor.packed_bytes for tensor in self.tensors),
+            "sparse_linears": sum(tensor.runs_sparse for tensor in self.tensors),
+            "sparse_linear_bytes": sum(tensor.nbytes for tensor in self.tensors if tensor.runs_sparse),
+            "sparse_linear_packed_bytes": sum(tensor.packed_bytes for tensor in self.tensors if tensor.runs_sparse),
+            "broken_claims": [tensor.name for tensor in self.tensors if tensor.claimed and tensor.bad_groups],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON types."""
+        return {**dataclasses.asdict(self), "totals": self.totals()}
+
+    def to_text(self) -> str:
+        """A table, a line a tensor, and the totals below it."""
+        header = ("tensor", "shape", "dtype", "zeros", "bad groups", "pattern", "runs", "MB", "MB on device")
+        rows = [header]
+        for tensor in self.tensors:
+            rows.append(
+                (
+                    tensor.name,
+                    "x".join(map(str, tensor.shape)) or "scalar",
+                    tensor.dtype,
+                    f"{tensor.zero_share:.1%}",
+                    "-" if tensor.bad_groups is None else str(tensor.bad_groups),
+                    tensor.pattern,
+                    "sparse" if tensor.runs_sparse else "dense",
+                    f"{tensor.nbytes / 1e6:.2f}",
+                    f"{tensor.packed_bytes / 1e6:.2f}",
+                )
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        left = (0, 1, 2, 5, 6)
+        lines = [
+            "  ".join(cell.ljust(width) if column in left else cell.rjust(width) for column, (cell, width) in pairs)
+            for pairs in (list(enumerate(zip(row, widths, strict=True))) for row in rows)
+        ]
+        return "\n".join([line.rstrip() for line in lines] + [""] + self._summary_lines())
+
+    def _summary_lines(self) -> list[str]:
+        totals = self.totals()
+        supported = {None: "", True: " (runs in sparsert)", False: f" (not supported: {self.unsupported_reason})"}
+        lines = [
+            f"{self.directory}: {self.architecture}{supported[self.supported]}, {self.num_blocks} blocks, "
+            f"{totals['tensors']} tensors",
+            f"{totals['sparse_linears']} linear weights would run sparse: "
+            f"{totals['sparse_linear_bytes'] / 1e6:.1f} MB stored, {totals['sparse_linear_packed_bytes'] / 1e6:.1f} MB "
+            "packed",
+            f"all tensors: {totals['bytes'] / 1e6:.1f} MB stored, {totals['device_bytes'] / 1e6:.1f} MB on the device",
+        ]
+        if self.record is not None:
+            removed = self.record.get("removed_blocks") or []
+            lines.append(
+                f"pruned by sparsert {self.record.get('version')}: method {self.record.get('method')}, base model "
+                f"{self.record.get('base_model')}, removed blocks {', '.join(map(str, removed)) or 'none'} "
+                f"of {self.record.get('base_num_blocks')}"
+            )
+        if totals["broken_claims"]:
+            lines.append(
+                f"broken: {len(totals['broken_claims'])} weights are said to be 2:4 and are not, the first "
+                f"{totals['broken_claims'][0]}; prune them again (`sparsert prune`)"
+            )
+        return lines
+
+
+def inspect_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    architecture_check: Callable[[dict[str, Any]], object] | None = None,
+    progress: bool = False,
+) -> CheckpointReport:
+    """Read every tensor once and report.
+
+    Args:
+        checkpoint: the opened checkpoint.
+        architecture_check: called with the configuration; raises a ``SparsertError`` for what cannot run.
+        progress: show a bar on standard error if that is a terminal.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+    """
+    from tqdm import tqdm
+
+    config = checkpoint.config
+    supported, reason = None, None
+    if architecture_check is not None:
+        try:
+            architecture_check(config)
+            supported = True
+        except SparsertError as error:
+            supported, reason = False, str(error)
+    block_linears = set(checkpoint.block_linears())
+    tensors = []
+    # disable=None: tqdm stays silent when standard error is no terminal
+    for name in tqdm(checkpoint.names, unit="tensor", desc="reading", disable=None if progress else True):
+        tensors.append(_inspect_tensor(checkpoint, name, name in block_linears))
+    architectures = config.get("architectures") or [config.get("model_type", "unknown")]
+    depth, record = config.get("num_hidden_layers"), config.get("sparsert")
+    return CheckpointReport(
+        directory=str(checkpoint.directory),
+        architecture=str(architectures[0]),
+        supported=supported,
+        unsupported_reason=reason,
+        num_blocks=depth if isinstance(depth, int) else None,
+        record=record if isinstance(record, dict) else None,
+        tensors=tuple(tensors),
+    )
+
+
+def _inspect_tensor(checkpoint: Checkpoint, name: str, block_linear: bool) -> TensorReport:
+    tensor = checkpoint.read(name)
+    nbytes = checkpoint.nbytes(name)
+    has_groups = tensor.dim() == 2 and tensor.numel() > 0 and tensor.shape[1] % 4 == 0
+    if has_groups and tensor.dtype.is_floating_point:
+        zeros, bad_groups, fullest = count_groups(tensor)
+        zero_share = zeros / tensor.numel()
+        if fullest <= 2:
+            pattern = "1:4" if fullest <= 1 else "2:4"
+        else:
+            pattern = "other" if zero_share >= OTHER_ZERO_SHARE else "dense"
+    else:
+        zero_share = 1.0 - int(torch.count_nonzero(_comparable(tensor))) / max(tensor.numel(), 1)
+        bad_groups, pattern = None, "-"
+    runs_sparse = block_linear and pattern in ("2:4", "1:4") and tensor.dtype in PACKED_DTYPES
+    return TensorReport(
+        name=name,
+        shape=tuple(tensor.shape),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        zero_share=zero_share,
+        bad_groups=bad_groups,
+        pattern=pattern,
+        runs_sparse=runs_sparse,
+        claimed=checkpoint.claims_two_of_four(name),
+        nbytes=nbytes,
+        packed_bytes=packed_nbytes(tensor.shape[0], tensor.shape[1], tensor.dtype) if runs_sparse else nbytes,
+    )
+
+
+def count_groups(weight: Tensor) -> tuple[int, int, int]:
+    """Count along the inputs of ``weight`` ``[out_features, in_features]``, ``in_features`` a multiple of 4.
+
+    Returns:
+        ``(zeros, groups with three or four non-zeros, most non-zeros in a group)``.
+    """
+    zeros = bad = fullest = 0
+    rows_a_slice = max(1, _SLICE_VALUES // weight.shape[1])
+    for rows in weight.split(rows_a_slice):
+        kept = (_comparable(rows) != 0).contiguous()
+        # four bools are one 32-bit word of four 0/1 bytes; the multiplication adds them up in the highest byte
+        counts = (kept.view(torch.int32) * 0x01010101) >> 24
+        zeros += kept.numel() - int(counts.sum())
+        bad += int((counts > 2).sum())
+        fullest = max(fullest, int(counts.max()))
+    return zeros, bad, fullest
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """8-bit floats cannot be compared everywhere; a wider copy can."""
+    return tensor.float() if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else tensor

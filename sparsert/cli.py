@@ -1,0 +1,294 @@
+"""The command line: parse, call, print.
+
+Each subcommand is one function that takes the parsed options. Results go to standard output, all
+else (progress, notes, errors) to standard error, so output can be piped. Exit codes: 0; 2 for
+whatever the user can mend, with one sentence; 1 for a bug, with the traceback; 130 after Ctrl-C.
+Everything heavy is imported inside the functions, so ``sparsert --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsert.cli_options import build_parser
+from sparsert.errors import InputError, SparsertError
+
+if TYPE_CHECKING:
+    from sparsert.engine import LLM, Completion, SamplingParams
+    from sparsert.schedule import LayerPlan
+
+EXIT_BUG = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+#: Options of generate that are passed on to SamplingParams when they are given.
+_SAMPLING_OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+_MAGNITUDE_NOTE = (
+    "note: no --model given, so this is {model} with a 2:4 magnitude mask and no training after it; that destroys "
+    "a model of this size (perplexity 20 -> 4412 on WikiText-2), so expect odd text: it shows that the path works"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments after the program name, default those of the process.
+
+    Returns:
+        The exit code.
+    """
+    with contextlib.suppress(AttributeError):
+        # a terminal that cannot show a character gets an escape, not a crash
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        with _short_warnings():
+            arguments = build_parser({"generate": generate, "prune": prune, "inspect": inspect, "env": env}).parse_args(
+                argv
+            )
+            arguments.run(arguments)
+        sys.stdout.flush()
+    except SystemExit as leaving:  # --help and --version
+        return leaving.code if isinstance(leaving.code, int) else 0
+    except SparsertError as error:
+        _say(f"error: {' '.join(str(error).split())}")
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # the reader has had enough; Python must not complain again when it flushes at exit
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except Exception as error:
+        # torch.OutOfMemoryError, by name: this file does not import torch
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            _say(
+                f"error: out of memory ({(str(error).splitlines() or ['host'])[0]}); use fewer prompts, a smaller "
+                "--max-length, a 16-bit --dtype or a smaller model"
+            )
+            return EXIT_USER_ERROR
+        traceback.print_exc()
+        _say("this is a bug: please report it with the lines above and the output of `sparsert env`")
+        return EXIT_BUG
+    return 0
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """``sparsert generate``: text from a pruned model."""
+    prompts = _read_prompts(arguments)
+    if arguments.stream and len(prompts) > 1:
+        raise InputError(f"--stream shows one text as it comes, but there are {len(prompts)} prompts; leave it out")
+    blocks = _parse_block_options(arguments)
+    from sparsert.engine import LLM, SamplingParams
+
+    options = {name: getattr(arguments, name) for name in _SAMPLING_OPTIONS}
+    params = SamplingParams(
+        stop=tuple(arguments.stop or ()),
+        ignore_eos=arguments.ignore_eos,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    model, prune = arguments.model, None
+    if model is None:
+        from sparsert.checkpoint import DEFAULT_MODEL, fetch_default_model
+
+        model = str(fetch_default_model(notify=_say))
+        if arguments.masks is None:
+            prune = "magnitude"
+            _say(_MAGNITUDE_NOTE.format(model=DEFAULT_MODEL))
+    llm = LLM(
+        model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        masks=arguments.masks,
+        remove_blocks=blocks.removed,
+        block_order=blocks.order,
+        force_remove=arguments.force_remove,
+        max_length=arguments.max_length,
+        backend=arguments.backend,
+        prune=prune,
+        progress=sys.stderr.isatty(),
+    )
+    if arguments.stream:
+        _print_stream(llm, prompts, params, arguments.chat)
+        return
+    completions = llm.generate(prompts, params, chat=arguments.chat)
+    if arguments.json:
+        summary = llm.summary()
+        for completion in completions:
+            print(json.dumps(_completion_record(completion, summary), ensure_ascii=False))
+        return
+    for completion in completions:
+        if len(completions) > 1:
+            print(f"[{completion.index + 1}/{len(completions)}] {completion.prompt}")
+        print(completion.text)
+        if len(completions) > 1:
+            print()
+    _say_timings(completions)
+
+
+def prune(arguments: argparse.Namespace) -> None:
+    """``sparsert prune``: write an ordinary checkpoint with zeros."""
+    blocks = _parse_block_options(arguments)
+    from sparsert.checkpoint import open_checkpoint, prune_checkpoint, resolve_checkpoint
+    from sparsert.checkpoint.writer import check_output
+    from sparsert.compress import magnitude_mask
+    from sparsert.models import DecoderConfig
+
+    output = Path(arguments.output).expanduser()
+    check_output(output)
+    directory = resolve_checkpoint(arguments.model)
+    checkpoint = open_checkpoint(directory)
+    DecoderConfig.from_hf(checkpoint.config)  # refuses what could not be run afterwards
+    plan = blocks.plan(checkpoint.num_blocks, arguments.force_remove)
+    summary = prune_checkpoint(
+        checkpoint,
+        output,
+        method=arguments.method,
+        mask_maker=None if arguments.method == "none" else lambda name, weight: magnitude_mask(weight, name=name),
+        # a path of this machine means nothing to the next reader, its last part may
+        base_model=directory.resolve().name if Path(arguments.model).expanduser().exists() else arguments.model,
+        kept_blocks=plan.kept,
+        progress=True,
+    )
+    if arguments.json:
+        print(json.dumps(summary.to_dict()))
+        return
+    print(
+        f"{summary.output}: {summary.masked_linears} linear weights 2:4 ({summary.zero_share:.1%} zeros, method "
+        f"{summary.method}), {plan}, {summary.total_bytes / 1e6:.1f} MB"
+    )
+    if summary.dense_linears:
+        _say(
+            f"note: {len(summary.dense_linears)} linear weights stay dense because their input width is no multiple "
+            f"of 4, the first {summary.dense_linears[0]}"
+        )
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """``sparsert inspect``: what is in a checkpoint and what of it would run sparse."""
+    from sparsert.checkpoint import inspect_checkpoint, open_checkpoint, resolve_checkpoint
+    from sparsert.models import DecoderConfig
+
+    checkpoint = open_checkpoint(resolve_checkpoint(arguments.path))
+    report = inspect_checkpoint(checkpoint, architecture_check=DecoderConfig.from_hf, progress=True)
+    print(json.dumps(report.to_dict()) if arguments.json else report.to_text())
+
+
+def env(arguments: argparse.Namespace) -> None:
+    """``sparsert env``: versions, GPUs, what was built."""
+    from sparsert.environment import describe_environment
+
+    environment = describe_environment()
+    print(json.dumps(environment.to_dict()) if arguments.json else environment.to_text())
+
+
+@dataclasses.dataclass(frozen=True)
+class _BlockOptions:
+    """Which blocks the options remove: a list, or an order file and a count."""
+
+    removed: tuple[int, ...] | None = None
+    order: tuple[str, int] | None = None
+
+    def plan(self, num_blocks: int, force: bool) -> LayerPlan:
+        from sparsert.schedule import LayerPlan, read_block_order
+
+        removed = self.removed or ()
+        if self.order is not None:
+            path, count = self.order
+            removed = read_block_order(path, count, num_blocks, force=force)
+        return LayerPlan.remove(num_blocks, removed, force=force)
+
+
+def _parse_block_options(arguments: argparse.Namespace) -> _BlockOptions:
+    listed, file, count = arguments.remove_blocks, arguments.block_order, arguments.remove_count
+    if (file is None) != (count is None):
+        raise InputError("--block-order FILE and --remove-count N belong together; give both or neither")
+    if listed is None:
+        return _BlockOptions(order=None if file is None else (file, count))
+    if file is not None:
+        raise InputError("--remove-blocks and --block-order both say what to remove; give one of them")
+    path, colon, number = listed.rpartition(":")
+    if colon:
+        if not number.isdigit():
+            raise InputError(
+                f"--remove-blocks {listed}: after the colon stands how many blocks to remove, e.g. {path}:6"
+            )
+        return _BlockOptions(order=(path, int(number)))
+    from sparsert.schedule import parse_block_list
+
+    return _BlockOptions(removed=parse_block_list(listed))
+
+
+def _read_prompts(arguments: argparse.Namespace) -> list[str]:
+    prompts = list(arguments.prompt or ())
+    if arguments.prompts is not None:
+        try:
+            text = sys.stdin.read() if arguments.prompts == "-" else Path(arguments.prompts).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"--prompts {arguments.prompts}: cannot be read ({error}); give a UTF-8 text file"
+            ) from error
+        prompts += [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise InputError("there is nothing to continue; give --prompt TEXT, or --prompts FILE with a prompt a line")
+    return prompts
+
+
+def _print_stream(llm: LLM, prompts: list[str], params: SamplingParams, chat: bool) -> None:
+    def show(index: int, text: str, token_ids: Sequence[int]) -> None:
+        print(text, end="", flush=True)
+
+    completions = llm.generate(prompts, params, chat=chat, stream=show)
+    print()
+    _say_timings(completions)
+
+
+def _completion_record(completion: Completion, model: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "prompt": completion.prompt,
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "timings": dataclasses.asdict(completion.timings),
+        "model": model,
+    }
+
+
+def _say_timings(completions: Sequence[Completion]) -> None:
+    """One line about speed; prompts of one batch share one record of times."""
+    batches = list({id(completion.timings): completion.timings for completion in completions}.values())
+    decode_s = sum(timings.decode_ms for timings in batches) / 1e3
+    new_tokens = sum(timings.new_tokens for timings in batches)
+    # the first token of each prompt comes out of the prefill
+    rate = f", decode {(new_tokens - len(completions)) / decode_s:.1f} tok/s" if decode_s > 0 else ""
+    prefill_ms = sum(timings.prefill_ms for timings in batches)
+    _say(
+        f"{new_tokens} tokens for {len(completions)} prompt(s): load {batches[0].load_s:.1f} s, "
+        f"prefill {prefill_ms:.0f} ms{rate}"
+    )
+
+
+def _say(sentence: str) -> None:
+    print(f"sparsert: {sentence}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Show warnings as one line on standard error, without the place in the code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: _say(f"warning: {' '.join(str(message).split())}")
+        yield

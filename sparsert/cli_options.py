@@ -1,0 +1,194 @@
+"""What the command line accepts: subcommands, options and their help texts, as argparse wants them.
+
+Apart from parsing nothing happens here; ``sparsert.cli`` says what each subcommand does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from sparsert import __version__
+from sparsert.errors import InputError
+
+#: A subcommand: takes the parsed options, prints its result.
+Command = Callable[[argparse.Namespace], None]
+
+
+class _UsageError(InputError):
+    """A command line that cannot be parsed."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that reports as every other error does, instead of printing usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message}; see `{self.prog} --help`")
+
+
+_EXAMPLES = """\
+examples:
+  sparsert generate --prompt "The tower of Pisa"        fetch a small model, prune it 2:4, run it
+  sparsert generate --model DIR --prompt "Hello" --chat  run your own checkpoint as a chat model
+  sparsert prune --model DIR --output PRUNED             write a 2:4 checkpoint
+  sparsert inspect PRUNED                                see which layers would run sparse
+  sparsert env                                           see what this machine can use
+"""
+
+_GENERATE_EXAMPLES = """\
+examples:
+  sparsert generate --prompt "The tower of Pisa"
+  sparsert generate --model meta-llama/Llama-3.1-8B --masks mask_compressed.npz --prompt "Once"
+  sparsert generate --model DIR --remove-blocks 21-25,27 --prompt "Once" --temperature 0.7 --seed 1
+  sparsert generate --model DIR --remove-blocks block_order.csv:6 --prompts prompts.txt --json
+
+Weights whose zeros already form 2:4 are found and packed; nothing has to be said about them. A mask
+file is MaskLLM's mask_compressed.npz. A block order file is Shortened LLaMA's: one line of block
+numbers, the one to remove first standing first.
+"""
+
+_PRUNE_EXAMPLES = """\
+examples:
+  sparsert prune --model HuggingFaceTB/SmolLM2-135M-Instruct --output smollm2-2of4
+  sparsert prune --model DIR --remove-blocks 21-25,27 --output PRUNED
+  sparsert prune --model DIR --method none --remove-blocks 21-25,27 --output SHORTER
+
+The result is an ordinary Hugging Face checkpoint: zeros where values were pruned, the remaining
+blocks numbered anew. What was done stands in its config.json under "sparsert". Magnitude masks need
+no data and cost quality; small models lose nearly all of it.
+"""
+
+_INSPECT_EXAMPLES = """\
+examples:
+  sparsert inspect PRUNED
+  sparsert inspect RedHatAI/Sparse-Llama-3.1-8B-2of4 --json
+
+Columns: the share of zeros, how many groups of four inputs hold more than two values ("bad groups":
+0 means 2:4), the pattern, whether the weight would run sparse, and its size now and on the device.
+"""
+
+
+def build_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
+    """The parser of the whole command line.
+
+    Args:
+        run: what each subcommand does; the parsed options carry it as ``run``.
+
+    Returns:
+        A parser that raises ``InputError`` for a command line it does not understand.
+    """
+    parser = _Parser(
+        prog="sparsert",
+        description="Run pruned language models: 2:4 weights packed once, removed blocks skipped.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"sparsert {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_generate(commands, run["generate"])
+    _add_prune(commands, run["prune"])
+    _add_inspect(commands, run["inspect"])
+    _add_env(commands, run["env"])
+    return parser
+
+
+def _add_command(commands: Any, name: str, run: Command, help_text: str, epilog: str | None) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_generate(commands: Any, run: Command) -> None:
+    command = _add_command(commands, "generate", run, "continue prompts with a pruned model", _GENERATE_EXAMPLES)
+    what = command.add_argument_group("what to run")
+    what.add_argument("--model", metavar="DIR|ID", help="model directory or hub id (default: a small model is fetched)")
+    what.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; may be given several times")
+    what.add_argument("--prompts", metavar="FILE", help="file with one prompt a line, all run together; - reads stdin")
+    what.add_argument("--chat", action="store_true", help="wrap each prompt in the model's chat template")
+    what.add_argument("--masks", metavar="FILE", help="apply the 2:4 masks of a mask_compressed.npz while loading")
+    _add_block_options(what)
+
+    sampling = command.add_argument_group("how to choose tokens")
+    sampling.add_argument("--max-new-tokens", metavar="N", type=int, help="most tokens to generate (default: 128)")
+    sampling.add_argument("--temperature", metavar="T", type=float, help="0 always takes the likeliest (default: 0)")
+    sampling.add_argument("--top-k", metavar="K", type=int, help="sample among the K likeliest tokens (default: all)")
+    sampling.add_argument("--top-p", metavar="P", type=float, help="... among the likeliest that sum to P (default: 1)")
+    sampling.add_argument("--min-p", metavar="P", type=float, help="... among those P times as likely as the likeliest")
+    sampling.add_argument(
+        "--repetition-penalty", metavar="R", type=float, help="above 1 discourages repeats (default: 1)"
+    )
+    sampling.add_argument("--seed", metavar="N", type=int, help="same seed, same text (default: a new one each time)")
+    sampling.add_argument(
+        "--stop", metavar="TEXT", action="append", help="end before this text; may be given several times"
+    )
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on past the model's end token")
+
+    how = command.add_argument_group("where and how to run")
+    how.add_argument("--device", metavar="cpu|cuda", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    how.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="number format (default: float32 on a CPU, else as stored)",
+    )
+    how.add_argument(
+        "--backend",
+        choices=("auto", "native", "triton", "torch", "dense"),
+        default="auto",
+        help="kernels for 2:4 layers: ours in CUDA (native) or Triton, torch.sparse, or unpacked (default: auto)",
+    )
+    how.add_argument(
+        "--max-length", metavar="N", type=int, help="tokens of prompt and text that must fit (default: as needed)"
+    )
+
+    output = command.add_argument_group("output").add_mutually_exclusive_group()
+    output.add_argument("--stream", action="store_true", help="print the text as it is made (one prompt only)")
+    output.add_argument("--json", action="store_true", help="print one JSON object a prompt, a line each")
+
+
+def _add_prune(commands: Any, run: Command) -> None:
+    command = _add_command(commands, "prune", run, "write a pruned copy of a checkpoint", _PRUNE_EXAMPLES)
+    command.add_argument("--model", metavar="DIR|ID", required=True, help="model directory or hub id")
+    command.add_argument("--output", metavar="DIR", required=True, help="directory to create; must be new or empty")
+    command.add_argument(
+        "--method",
+        choices=("magnitude", "none"),
+        default="magnitude",
+        help="how masks are made; none only removes blocks (default: magnitude)",
+    )
+    _add_block_options(command)
+    command.add_argument("--json", action="store_true", help="print what was done as one JSON object")
+
+
+def _add_inspect(commands: Any, run: Command) -> None:
+    command = _add_command(commands, "inspect", run, "show what in a checkpoint is 2:4", _INSPECT_EXAMPLES)
+    command.add_argument("path", metavar="PATH", help="model directory or hub id")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+
+
+def _add_env(commands: Any, run: Command) -> None:
+    command = _add_command(commands, "env", run, "show versions, GPUs, what was built and what is missing", None)
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of the list")
+
+
+def _add_block_options(group: Any) -> None:
+    group.add_argument(
+        "--remove-blocks",
+        metavar="LIST",
+        help="transformer blocks to leave out, e.g. 21-25,27, or an order file and a count, e.g. block_order.csv:6",
+    )
+    group.add_argument("--block-order", metavar="FILE", help="order file, with --remove-count")
+    group.add_argument("--remove-count", metavar="N", type=int, help="how many blocks of the order file to leave out")
+    group.add_argument(
+        "--force-remove",
+        action="store_true",
+        help="allow blocks 0-3 and the last two, without which most models break",
+    )

@@ -1,0 +1,54 @@
+"""What generation gives back: texts, why they ended, and how long they took."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Wall-clock times of one batch; every prompt of the batch has the same record.
+
+    Attributes:
+        load_s: seconds to load the model, once per process.
+        batch_size: prompts that ran together.
+        prompt_tokens: tokens of all prompts of the batch.
+        new_tokens: tokens generated for all prompts of the batch.
+        prefill_ms: from the start of the batch until its first tokens are on the host (TTFT).
+        capture_ms: time spent on capturing CUDA graphs during decode; not part of ``decode_ms``.
+        decode_ms: from the first tokens until the last.
+        decode_tok_per_s: tokens after the first of each prompt, per second of ``decode_ms``; 0 if none.
+    """
+
+    load_s: float
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    prefill_ms: float
+    capture_ms: float
+    decode_ms: float
+    decode_tok_per_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What was generated for one prompt.
+
+    Attributes:
+        index: place of the prompt in the call.
+        prompt: the prompt as given.
+        prompt_token_ids: its tokens, special ones included.
+        text: the generated text without special tokens, cut before a stop string; empty if the
+            checkpoint has no tokenizer.
+        token_ids: the generated tokens, the one that ended the text included.
+        finish_reason: ``"stop"`` (end token, stop token or stop string) or ``"length"``.
+        timings: of the batch it ran in.
+    """
+
+    index: int
+    prompt: object
+    prompt_token_ids: tuple[int, ...]
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    timings: Timings

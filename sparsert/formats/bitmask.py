@@ -1,0 +1,132 @@
+"""The ``sparse-24-bitmask`` tensors of compressed-tensors, to and from the packed layout.
+
+This is also what this project writes to disk: a format that other tools have read, in which nothing
+depends on a GPU generation. For a weight ``[rows, columns]``:
+
+    compressed  [rows, columns / 2]               kept values in column order, the weight's dtype
+    bitmask     uint8 [rows, ceil(columns / 8)]   bit j of byte c is column 8 c + j
+    shape       int64 [2, 1]                      rows, columns
+
+Bits are little-endian within a byte and rows start on a byte (MaskLLM's are big-endian and flat:
+``maskllm.py``). Every group of four has exactly two bits, also where fewer values are non-zero; the
+kept value is then a zero. So a byte is two groups, one table turns it into two metadata nibbles, and
+both directions are exact. With a width that is a multiple of 4 but not of 8 the last byte of a row
+has four bits and four zeros. A group with another number of bits is refused: the position of every
+later value in its row would be a guess.
+
+Source: compressed-tensors up to 0.14, ``sparse_24_bitmask.py`` (``packbits(bitorder="little")``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparsert.errors import InputError, SparsityError
+from sparsert.formats.nibbles import MASK_OF_NIBBLE, NIBBLE_OF_MASK
+from sparsert.formats.packed import PACKED_DTYPES, Packed24, packed_kept_values
+from sparsert.formats.rows import byte_lookup, check_nibbles, pack_rows, packed_nibble_bytes
+
+_MASKS_OF_NIBBLES = tuple(MASK_OF_NIBBLE[byte & 0xF] | MASK_OF_NIBBLE[byte >> 4] << 4 for byte in range(256))
+
+
+def _nibbles_of_two_bits(mask: int) -> int:
+    """Nibble of a four-bit mask, 0 unless it has exactly two bits."""
+    return NIBBLE_OF_MASK[mask] if bin(mask).count("1") == 2 else 0
+
+
+_NIBBLES_OF_MASKS = tuple(
+    _nibbles_of_two_bits(byte & 0xF) | _nibbles_of_two_bits(byte >> 4) << 4 for byte in range(256)
+)
+_ALL_TWO_BITS = tuple(int(byte & 0xF != 0 and byte >> 4 != 0) for byte in _NIBBLES_OF_MASKS)
+
+
+def to_bitmask(packed: Packed24, name: str = "weight") -> dict[str, Tensor]:
+    """The three tensors of sparse-24-bitmask.
+
+    Args:
+        packed: any packed weight.
+        name: tensor name for errors.
+
+    Returns:
+        ``{"compressed": [rows, columns / 2], "bitmask": uint8 [rows, ceil(columns / 8)], "shape": int64 [2, 1]}``
+        on the weight's device (shape on the CPU).
+
+    Raises:
+        SparsityError: the metadata is damaged.
+
+    Example:
+        >>> to_bitmask(pack_reference(torch.tensor([[1.0, 0, 0, 2, 0, 3, 4, 0]])))["bitmask"].tolist()
+        [[105]]
+    """
+    check_nibbles(packed, name)
+    bitmask = byte_lookup(_MASKS_OF_NIBBLES, packed_nibble_bytes(packed))
+    if packed.in_features % 8:
+        bitmask[:, -1] &= 0x0F  # the other half of the byte is padding of ours
+    return {
+        "compressed": packed_kept_values(packed),
+        "bitmask": bitmask,
+        "shape": torch.tensor([[packed.out_features], [packed.in_features]], dtype=torch.int64),
+    }
+
+
+def from_bitmask(compressed: Tensor, bitmask: Tensor, shape: Tensor | Sequence[int], name: str = "weight") -> Packed24:
+    """Packed weight from the tensors of sparse-24-bitmask.
+
+    Args:
+        compressed: ``[rows, columns / 2]``, bf16, fp16 or fp32.
+        bitmask: uint8 ``[rows, ceil(columns / 8)]``, same device.
+        shape: ``rows, columns`` as an int64 tensor of two elements or a sequence.
+        name: tensor name for errors.
+
+    Returns:
+        The packed weight on the same device; :func:`to_bitmask` of it gives the same tensors back.
+
+    Raises:
+        InputError: shapes, dtypes or devices do not fit.
+        SparsityError: a group does not have exactly two bits, or bits are set past the last column.
+    """
+    rows, columns = _dimensions(shape, name)
+    if columns % 4:
+        raise InputError(f"{name}: width {columns} is no multiple of 4, so it cannot be 2:4; the tensors are damaged")
+    if compressed.dtype not in PACKED_DTYPES or bitmask.dtype != torch.uint8 or compressed.device != bitmask.device:
+        raise InputError(
+            f"{name}: got compressed {compressed.dtype} on {compressed.device} and bitmask {bitmask.dtype} on "
+            f"{bitmask.device}; need bfloat16, float16 or float32 and uint8 on one device"
+        )
+    expected = (rows, columns // 2), (rows, -(-columns // 8))
+    if (tuple(compressed.shape), tuple(bitmask.shape)) != expected:
+        raise InputError(
+            f"{name}: got compressed {tuple(compressed.shape)} and bitmask {tuple(bitmask.shape)}, need {expected[0]} "
+            f"and {expected[1]} for a weight [{rows}, {columns}]; the file is damaged or of another format"
+        )
+    if columns % 8:
+        if bool((bitmask[:, -1] > 0x0F).any()):
+            row = int((bitmask[:, -1] > 0x0F).to(torch.uint8).argmax())
+            raise SparsityError(f"{name}: row {row} of the bitmask has bits past its {columns} columns; it is damaged")
+        bitmask = bitmask.clone()
+        bitmask[:, -1] |= 0xC0  # any two bits: the padding of the packed layout takes their place
+    if not bool(byte_lookup(_ALL_TWO_BITS, bitmask).all()):
+        raise _bits_error(bitmask, name)
+    return pack_rows(compressed, byte_lookup(_NIBBLES_OF_MASKS, bitmask), columns)
+
+
+def _dimensions(shape: Tensor | Sequence[int], name: str) -> tuple[int, int]:
+    sizes = [int(size) for size in (shape.flatten().tolist() if isinstance(shape, Tensor) else shape)]
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise InputError(f"{name}: got shape {sizes}; sparse-24-bitmask stores a matrix, two positive sizes")
+    return sizes[0], sizes[1]
+
+
+def _bits_error(bitmask: Tensor, name: str) -> SparsityError:
+    groups = torch.stack([bitmask & 0xF, bitmask >> 4], dim=-1).flatten(1)
+    counts = sum(((groups >> position) & 1 for position in range(4)), torch.zeros_like(groups))
+    bad = counts != 2
+    row, group = divmod(int(bad.flatten().to(torch.uint8).argmax()), groups.shape[1])
+    return SparsityError(
+        f"{name}: {int(bad.sum())} groups of the bitmask do not have exactly 2 of 4 bits, the first in row {row}, "
+        f"columns {4 * group}-{4 * group + 3} ({int(counts[row, group])} bits); "
+        f"sparse-24-bitmask always has two, so the file is damaged or of another format"
+    )

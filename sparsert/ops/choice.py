@@ -1,0 +1,129 @@
+"""Which kernel runs a 2:4 linear: the capability table, as data, and the choice made from it.
+
+Every caller goes through :func:`choose`, so what :func:`explain` prints is what runs. A named backend
+that cannot run the problem is an error; ``auto`` takes the first row of the table that can, and says
+why the rows above it could not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+
+import torch
+
+from sparsert.errors import InputError, UnsupportedError
+from sparsert.ops import native
+
+BACKENDS = ("auto", "native", "triton", "dense")
+
+
+@dataclasses.dataclass(frozen=True)
+class Capability:
+    """One row of the table: what a kernel takes."""
+
+    kernel: str
+    backend: str
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    max_batch: int | None  # rows of x; None: any
+    summary: str
+
+
+#: In order of preference.
+CAPABILITIES: tuple[Capability, ...] = (
+    Capability(
+        "mma_sp", "native", ("cuda",), (torch.bfloat16, torch.float16), 64,
+        "CUDA, sparse tensor cores on the packed weight",
+    ),
+    Capability(
+        "triton", "triton", ("cuda",), (torch.bfloat16, torch.float16), 64,
+        "Triton, decompressed in registers, dense tensor cores",
+    ),
+    Capability(
+        "unpack", "dense", ("cuda", "cpu"), (torch.bfloat16, torch.float16, torch.float32), None,
+        "unpacked into a dense scratch that lives for one call, then a dense matrix product",
+    ),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What runs and why.
+
+    Attributes:
+        kernel: ``mma_sp``, ``triton`` or ``unpack``.
+        summary: what that is, in words.
+        rejected: (kernel, reason) of every preferred kernel that could not run.
+    """
+
+    kernel: str
+    summary: str
+    rejected: tuple[tuple[str, str], ...]
+
+    @property
+    def is_fallback(self) -> bool:
+        """True when a sparse kernel was passed over for a reason other than batch, dtype or device."""
+        return any(reason.startswith("unavailable") for _, reason in self.rejected)
+
+    def __str__(self) -> str:
+        lines = [f"{self.kernel}: {self.summary}"]
+        lines += [f"  not {kernel}: {reason}" for kernel, reason in self.rejected]
+        return "\n".join(lines)
+
+
+@functools.cache
+def _unavailable(kernel: str, device: torch.device) -> str | None:
+    """Why a kernel is not there on this machine; None when it is."""
+    if kernel == "mma_sp":
+        reason = native.cuda_reason(device)
+        return f"unavailable: {reason}" if reason else None
+    if kernel == "triton" and importlib.util.find_spec("triton") is None:
+        return "unavailable: the package triton is not installed"
+    if kernel == "triton" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "unavailable: needs a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def _rejection(row: Capability, device: torch.device, dtype: torch.dtype, batch: int) -> str | None:
+    if device.type not in row.devices:
+        return f"runs on {', '.join(row.devices)}, the weight is on {device.type}"
+    if dtype not in row.dtypes:
+        return f"takes {', '.join(str(d).removeprefix('torch.') for d in row.dtypes)}, not {dtype}"
+    reason = _unavailable(row.kernel, device)
+    if reason is not None:
+        return reason
+    if row.max_batch is not None and batch > row.max_batch:
+        return f"takes up to {row.max_batch} rows of input, not {batch}"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(device: torch.device, dtype: torch.dtype, batch: int, backend: str = "auto") -> Choice:
+    """Choose the kernel for ``batch`` rows of ``dtype`` on ``device``.
+
+    A backend named explicitly restricts the table to its rows, plus ``unpack`` for batches beyond what
+    its kernel takes, since that is how every backend serves a prompt for now.
+
+    Raises:
+        InputError: unknown backend.
+        UnsupportedError: the named backend cannot run this on this device and dtype.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
+    rejected: list[tuple[str, str]] = []
+    for row in CAPABILITIES:
+        if backend not in ("auto", row.backend) and row.kernel != "unpack":
+            continue
+        reason = _rejection(row, device, dtype, batch)
+        if reason is None:
+            return Choice(row.kernel, row.summary, tuple(rejected))
+        too_large = row.max_batch is not None and reason.startswith("takes up to")
+        if backend == row.backend and not too_large:
+            raise UnsupportedError(f"backend={backend!r} cannot run here: {row.kernel} {reason}; use backend='auto'")
+        rejected.append((row.kernel, reason))
+    raise UnsupportedError(
+        f"no kernel runs a 2:4 linear on {device} in {dtype}: "
+        + "; ".join(f"{kernel} {reason}" for kernel, reason in rejected)
+    )

@@ -1,0 +1,76 @@
+"""The compiled extension ``sparsert._C``, or the reason it is not there.
+
+The extension is optional: without a compiler the install still succeeds, and Triton and plain torch
+serve. It is loaded on first use and never at ``import sparsert``.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def _load() -> tuple[types.ModuleType | None, str | None]:
+    try:
+        from sparsert import _C
+    except ImportError as error:
+        return None, f"the compiled extension sparsert._C cannot be imported ({error}); reinstall with a C++ compiler"
+    return _C, None
+
+
+def module() -> Any:
+    """The extension module, or None."""
+    return _load()[0]
+
+
+def status() -> dict[str, Any]:
+    """What was built.
+
+    Returns:
+        ``available``: the extension loads. ``cuda``: it holds CUDA kernels. ``architectures``: their GPUs,
+        e.g. ``["80", "90a"]``. ``reason``: why something is missing, or None.
+    """
+    extension, reason = _load()
+    if extension is None:
+        return {"available": False, "cuda": False, "architectures": [], "reason": reason}
+    architectures = list(extension.cuda_architectures())
+    if not architectures:
+        reason = "built without CUDA kernels because no nvcc was found; install the CUDA toolkit and reinstall"
+    return {"available": True, "cuda": bool(architectures), "architectures": architectures, "reason": reason}
+
+
+def architecture_matches(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether machine code for ``architecture`` ("80", "90a") runs on a GPU of ``capability``.
+
+    Code for X.Y runs on X.Z with Z >= Y; an "a" suffix ties it to exactly X.Y.
+    """
+    exact = architecture.endswith(("a", "f"))
+    number = int(architecture.rstrip("af"))
+    major, minor = divmod(number, 10)
+    if major != capability[0]:
+        return False
+    return minor == capability[1] if exact else minor <= capability[1]
+
+
+@functools.cache
+def cuda_reason(device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot run on ``device``; None when they can."""
+    state = status()
+    if not state["cuda"]:
+        return str(state["reason"])
+    capability = torch.cuda.get_device_capability(device)
+    if any(architecture_matches(architecture, capability) for architecture in state["architectures"]):
+        return None
+    return (
+        f"the CUDA kernels were built for sm_{', sm_'.join(state['architectures'])}, this GPU is "
+        f"sm_{capability[0]}{capability[1]}; reinstall on a machine with this GPU's toolkit"
+    )
+
+
+def stream(device: torch.device) -> int:
+    """The current CUDA stream of ``device`` as an integer handle."""
+    return int(torch.cuda.current_stream(device).cuda_stream)

@@ -1,0 +1,148 @@
+"""Packing and unpacking on the device where the tensor is: CUDA, Triton, threaded C++ or plain torch.
+
+All four give the same bytes. ``auto`` takes the first that is there; the plain-torch reference
+(``backend="reference"``) is slow and always works.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsert.errors import InputError, UnsupportedError
+from sparsert.formats.nibbles import sparsity_error
+from sparsert.formats.packed import (
+    Packed24,
+    check_packable,
+    pack_reference,
+    packed_shapes,
+    unpack_reference,
+)
+from sparsert.ops import native
+
+PACK_BACKENDS = ("auto", "native", "triton", "reference")
+
+_NO_BAD_GROUP = 2**63 - 1
+_DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """The extension's number for a dtype (kernels/cuda/api.h)."""
+    return _DTYPE_CODES[dtype]
+
+
+def _implementation(device: torch.device, backend: str) -> str:
+    if backend not in PACK_BACKENDS:
+        raise InputError(f"backend={backend!r}: choose one of {', '.join(PACK_BACKENDS)}")
+    if device.type == "cuda":
+        reason = native.cuda_reason(device)
+        triton = importlib.util.find_spec("triton") is not None
+    elif device.type == "cpu":
+        reason = None if native.module() is not None else native.status()["reason"]
+        triton = False
+    else:
+        raise UnsupportedError(f"packing runs on cpu and cuda, the weight is on {device.type}; move it first")
+    if backend == "native" and reason is not None:
+        raise UnsupportedError(f"backend='native' cannot pack on {device}: {reason}")
+    if backend == "triton" and not triton:
+        raise UnsupportedError(f"backend='triton' cannot pack on {device}: it needs a GPU and the package triton")
+    if backend != "auto":
+        return backend
+    return "native" if reason is None else "triton" if triton else "reference"
+
+
+def pack(weight: Tensor, mask: Tensor | None = None, *, name: str = "weight", backend: str = "auto") -> Packed24:
+    """Pack a 2:4 weight into the layout of :mod:`sparsert.formats.packed`.
+
+    Args:
+        weight: ``[out_features, in_features]``, bf16, fp16 or fp32, on the CPU or a GPU; any strides.
+        mask: same shape and device, non-zero keeps. Without it the weight's non-zeros are the mask.
+        name: tensor name for errors.
+        backend: ``auto``, ``native``, ``triton`` or ``reference``.
+
+    Returns:
+        The packed weight on the same device.
+
+    Raises:
+        SparsityError: some group keeps three or four values; names the tensor, the count and the first place.
+        InputError: no matrix, width no multiple of 4, unsupported dtype, or a mask that does not fit.
+        UnsupportedError: the named backend is not available.
+
+    Note:
+        Waits for the GPU once, to read how many groups broke the rule. Not for use inside a graph.
+
+    Example:
+        >>> pack(torch.tensor([[1.0, 0.0, 2.0, 0.0]])).out_features
+        1
+    """
+    rows, columns = check_packable(weight, mask, name)
+    implementation = _implementation(weight.device, backend)
+    if implementation == "reference":
+        return pack_reference(weight, mask, name)
+    if mask is not None:
+        mask = (mask if mask.dtype in (torch.bool, torch.uint8) else mask != 0).contiguous()
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+
+    if implementation == "triton":
+        from sparsert.kernels.pack24 import pack24
+
+        values, metadata, stats = pack24(weight, mask)
+    else:
+        values_shape, metadata_shape = packed_shapes(rows, columns)
+        values = torch.empty(values_shape, dtype=weight.dtype, device=weight.device)
+        metadata = torch.empty(metadata_shape, dtype=torch.int32, device=weight.device)
+        stats = _pack_native(weight, mask, values, metadata)
+    bad_groups, first_group = stats.tolist()
+    if bad_groups:
+        raise sparsity_error(name, bad_groups, rows, columns, first_group)
+    return Packed24(values, metadata, rows, columns)
+
+
+def _pack_native(weight: Tensor, mask: Tensor | None, values: Tensor, metadata: Tensor) -> Tensor:
+    extension: Any = native.module()
+    stats = torch.tensor([0, _NO_BAD_GROUP], dtype=torch.int64, device=weight.device)
+    arguments = (
+        weight.data_ptr(), 0 if mask is None else mask.data_ptr(), values.data_ptr(), metadata.data_ptr(),
+        stats.data_ptr(), weight.shape[0], weight.shape[1], weight.stride(0), dtype_code(weight.dtype),
+    )  # fmt: skip
+    if weight.device.type == "cpu":
+        extension.pack24_cpu(*arguments, torch.get_num_threads())
+    else:
+        with torch.cuda.device(weight.device):
+            extension.pack24_cuda(*arguments, native.stream(weight.device))
+    return stats
+
+
+def unpack(packed: Packed24, *, backend: str = "auto") -> Tensor:
+    """Dense ``[out_features, in_features]`` of a packed weight, on the same device.
+
+    Raises:
+        InputError: unknown backend.
+        UnsupportedError: the named backend is not available.
+    """
+    implementation = _implementation(packed.device, backend)
+    if implementation == "reference":
+        return unpack_reference(packed)
+    return unpack_into(packed.values, packed.metadata, packed.out_features, packed.in_features, implementation)
+
+
+def unpack_into(values: Tensor, metadata: Tensor, rows: int, columns: int, implementation: str) -> Tensor:
+    """:func:`unpack` on bare tensors; ``implementation`` is ``native`` or ``triton``. Safe in a CUDA graph."""
+    if implementation == "triton":
+        from sparsert.kernels.pack24 import unpack24
+
+        dense: Tensor = unpack24(values, metadata, rows, columns)
+        return dense
+    extension: Any = native.module()
+    dense = torch.empty((rows, columns), dtype=values.dtype, device=values.device)
+    arguments = (values.data_ptr(), metadata.data_ptr(), dense.data_ptr(), rows, columns, dtype_code(values.dtype))
+    if values.device.type == "cpu":
+        extension.unpack24_cpu(*arguments, torch.get_num_threads())
+    else:
+        with torch.cuda.device(values.device):
+            extension.unpack24_cuda(*arguments, native.stream(values.device))
+    return dense

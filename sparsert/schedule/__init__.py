@@ -1,0 +1,6 @@
+"""Which transformer blocks of a model run: pure data, no tensors."""
+
+from sparsert.schedule.blocks import format_block_list, guarded_blocks, parse_block_list, read_block_order
+from sparsert.schedule.plan import LayerPlan
+
+__all__ = ["LayerPlan", "format_block_list", "guarded_blocks", "parse_block_list", "read_block_order"]

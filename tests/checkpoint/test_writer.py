@@ -1,0 +1,172 @@
+"""Writing checkpoints: byte-equal copies, removed blocks, streaming, and no half-written directory."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_files import BLOCKS, tiny_config, tiny_tensors
+
+from sparsert.checkpoint import block_of, open_checkpoint, pruned_config, write_checkpoint
+from sparsert.errors import CheckpointError, InputError
+
+Make = Callable[..., Path]
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 9000, 1])
+@pytest.mark.parametrize("layout", ["single", "bin-sharded"])
+def test_plain_copy_is_equal(make_directory: Make, tmp_path: Path, layout: str, shard_bytes: int) -> None:
+    tensors = tiny_tensors()
+    source = open_checkpoint(make_directory(tensors, layout=layout))
+    written = write_checkpoint(source, tmp_path / "copy", shard_bytes=shard_bytes)
+    copy = open_checkpoint(tmp_path / "copy")
+    assert copy.names == source.names and copy.config == source.config
+    assert written == copy.total_nbytes == source.total_nbytes
+    assert all(torch.equal(copy.read(name), tensor) for name, tensor in tensors.items())
+    files = sorted(file.name for file in (tmp_path / "copy").glob("*.safetensors"))
+    if shard_bytes > 10**6:
+        assert files == ["model.safetensors"]
+    else:
+        assert len(files) == (len(tensors) if shard_bytes == 1 else len(files)) and len(files) > 1
+        assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+        assert max(map(copy.nbytes, copy.names)) <= 9000 or shard_bytes == 1
+
+
+def test_removed_blocks_are_left_out_and_the_rest_renumbered(make_directory: Make, tmp_path: Path) -> None:
+    tensors = tiny_tensors()
+    config = tiny_config(layer_types=[f"kind{block}" for block in range(BLOCKS)])
+    source = open_checkpoint(make_directory(tensors, config))
+    kept = [0, 1, 4, 7]
+    write_checkpoint(source, tmp_path / "short", kept_blocks=kept)
+    short = open_checkpoint(tmp_path / "short")
+    assert short.num_blocks == 4
+    assert short.config["layer_types"] == ["kind0", "kind1", "kind4", "kind7"]
+    assert {block_of(name) for name in short.names} == {0, 1, 2, 3, None}
+    for new, old in enumerate(kept):
+        name = "mlp.up_proj.weight"
+        assert torch.equal(short.read(f"model.layers.{new}.{name}"), tensors[f"model.layers.{old}.{name}"])
+
+
+def test_config_lists_are_cut() -> None:
+    config = {
+        "num_hidden_layers": 4,
+        "layer_types": ["a", "b", "c", "d"],
+        "no_rope_layers": [1, 0, 1, 1],
+        "mlp_only_layers": [0, 2, 3],
+        "eos_token_id": [1, 2, 3, 4],
+        "architectures": ["A", "B", "C", "D"],
+        "per_layer_config": {"1": {"x": 1}, "3": {"x": 3}},
+        "other": [1, 2],
+        "rope_scaling": {"long_factor": [1, 2, 3, 4]},
+    }
+    pruned = pruned_config(config, [0, 1, 3])
+    assert pruned == {
+        **config,
+        "num_hidden_layers": 3,
+        "layer_types": ["a", "b", "d"],
+        "no_rope_layers": [1, 0, 1],
+        "mlp_only_layers": [0, 2],
+        "per_layer_config": {"1": {"x": 1}, "2": {"x": 3}},
+    }
+    assert config["num_hidden_layers"] == 4
+
+
+def test_small_files_are_copied_and_configuration_is_not(make_directory: Make, tmp_path: Path) -> None:
+    directory = make_directory(layout="sharded")
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja", "tokenizer.model", "LICENSE"):
+        (directory / name).write_text(name)
+    for name in ("optimizer.pt", "README.md", "adapter_config.json"):
+        (directory / name).write_text(name)
+    (directory / "original").mkdir()
+    write_checkpoint(open_checkpoint(directory), tmp_path / "copy")
+    assert sorted(file.name for file in (tmp_path / "copy").iterdir()) == [
+        "LICENSE",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+    ]
+    assert (tmp_path / "copy" / "LICENSE").read_text() == "LICENSE"
+
+
+def test_one_tensor_at_a_time(make_directory: Make, tmp_path: Path) -> None:
+    living: list[weakref.ref[torch.Tensor]] = []
+
+    def double(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        assert all(reference() is None for reference in living), "an earlier tensor is still held"
+        living.append(weakref.ref(tensor))
+        result = tensor * 2
+        living.append(weakref.ref(result))
+        return result
+
+    tensors = tiny_tensors()
+    write_checkpoint(open_checkpoint(make_directory(tensors)), tmp_path / "out", transform=double)
+    copy = open_checkpoint(tmp_path / "out")
+    assert len(living) == 2 * len(tensors)
+    assert all(torch.equal(copy.read(name), tensor * 2) for name, tensor in tensors.items())
+
+
+def test_a_failure_on_the_way_leaves_nothing(make_directory: Make, tmp_path: Path) -> None:
+    source = open_checkpoint(make_directory())
+    target = tmp_path / "place" / "out"
+    target.parent.mkdir()
+
+    def fail(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if block_of(name) == 5:
+            raise InputError("no")
+        return tensor
+
+    with pytest.raises(InputError, match="no"):
+        write_checkpoint(source, target, transform=fail)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_a_full_disk_is_one_sentence(make_directory: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_checkpoint(make_directory())
+    (tmp_path / "place").mkdir()
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(No space left on device\); check permissions"):
+        write_checkpoint(source, tmp_path / "place" / "out")
+    assert list((tmp_path / "place").iterdir()) == []
+
+
+def test_targets(make_directory: Make, tmp_path: Path) -> None:
+    source = open_checkpoint(make_directory())
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    write_checkpoint(source, empty)
+    assert open_checkpoint(empty).names == source.names
+    with pytest.raises(InputError, match="exists and is not an empty directory; choose a new directory"):
+        write_checkpoint(source, empty)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="exists and is not an empty directory"):
+        write_checkpoint(source, tmp_path / "file")
+    with pytest.raises(CheckpointError, match="the parent directory does not exist"):
+        write_checkpoint(source, tmp_path / "absent" / "out")
+    for kept in ([], [1, 0], [0, 0], [0, BLOCKS], [-1, 2]):
+        with pytest.raises(InputError, match=r"kept_blocks .*increasing block indices from 0-7"):
+            write_checkpoint(source, tmp_path / "new", kept_blocks=kept)
+
+
+def test_config_of_another_depth(make_directory: Make, tmp_path: Path) -> None:
+    source = open_checkpoint(make_directory(config=tiny_config(num_hidden_layers=5)))
+    with pytest.raises(CheckpointError, match=r"belongs to block 5, but config.json says there are 5"):
+        write_checkpoint(source, tmp_path / "out")
+
+
+def test_index_names_every_tensor(make_directory: Make, tmp_path: Path) -> None:
+    source = open_checkpoint(make_directory())
+    write_checkpoint(source, tmp_path / "out", shard_bytes=9000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert list(index["weight_map"]) == source.names
+    assert index["metadata"]["total_size"] == source.total_nbytes

@@ -1,0 +1,70 @@
+"""KV cache and the two attentions over it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from sparsert.engine.cache import DecodeAttention, KVCache, PrefillAttention, kv_bytes_per_token
+from sparsert.models import DecoderConfig
+
+CPU = torch.device("cpu")
+
+
+def make_config(heads: int, kv_heads: int, head_dim: int) -> DecoderConfig:
+    return DecoderConfig.from_hf(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": 64,
+            "num_hidden_layers": 5,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "intermediate_size": 8,
+            "vocab_size": 9,
+        }
+    )
+
+
+def test_only_kept_blocks_take_memory() -> None:
+    config = make_config(6, 2, 24)
+    cache = KVCache(config, 3, batch_size=4, length=32, device=CPU, dtype=torch.bfloat16)
+    assert cache.keys.shape == cache.values.shape == (3, 4, 2, 32, 24)
+    assert kv_bytes_per_token(config, 3, torch.bfloat16) == 2 * 3 * 2 * 24 * 2
+    assert cache.nbytes == 4 * 32 * kv_bytes_per_token(config, 3, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (9, 3), (8, 2), (12, 2)])
+def test_prefill_then_decode_equals_attention_over_everything(heads: int, kv_heads: int) -> None:
+    head_dim, lengths, steps, block = 16, [7, 1, 12], 4, 1
+    cache = KVCache(make_config(heads, kv_heads, head_dim), 2, batch_size=4, length=32, device=CPU, dtype=torch.float32)
+    cache.keys.fill_(1e4)  # whatever lies behind the real keys must not be seen
+    cache.values.fill_(1e4)
+    torch.manual_seed(0)
+    rows, total = len(lengths), max(lengths) + steps
+    q = torch.randn(rows, total, heads, head_dim)
+    k, v = torch.randn(2, rows, total, kv_heads, head_dim).unbind()
+
+    def expected(row: int, upto: int) -> torch.Tensor:
+        """The last query of a row against all its keys, without a cache."""
+        last = q[row, upto - 1].unsqueeze(1)  # [heads, 1, head_dim]
+        keys, values = (x[row, :upto].transpose(0, 1).repeat_interleave(heads // kv_heads, dim=0) for x in (k, v))
+        return scaled_dot_product_attention(last, keys, values).squeeze(1)
+
+    # right-padded prompts: what stands behind a row's length is a pad
+    longest = max(lengths)
+    prefilled = PrefillAttention(cache)(block, q[:, :longest], k[:, :longest], v[:, :longest])
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(prefilled[row, length - 1], expected(row, length))
+
+    now = torch.tensor(lengths)
+    for _ in range(steps):
+        attention = DecodeAttention(cache, now, window=24)
+        pick = (torch.arange(rows), now)
+        attended = attention(block, q[pick].unsqueeze(1), k[pick].unsqueeze(1), v[pick].unsqueeze(1))
+        now = now + 1
+        for row in range(rows):
+            torch.testing.assert_close(attended[row, 0], expected(row, int(now[row])))
+    assert bool((cache.keys[0] == 1e4).all()), "other blocks are left alone"
+    assert bool((cache.keys[:, 3] == 1e4).all()), "rows beyond the batch are left alone"

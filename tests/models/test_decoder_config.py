@@ -1,0 +1,114 @@
+"""config.json -> DecoderConfig: spellings of two releases, defaults, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny_llama import LLAMA3_ROPE
+from transformers import LlamaConfig
+
+from sparsert.errors import CheckpointError, UnsupportedError
+from sparsert.models import DecoderConfig, RopeConfig
+
+MINIMAL: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 50,
+}
+
+
+def read(**changes: Any) -> DecoderConfig:
+    return DecoderConfig.from_hf({**MINIMAL, **changes})
+
+
+def test_defaults_are_those_of_llama() -> None:
+    config, reference = read(), LlamaConfig(**{key: MINIMAL[key] for key in MINIMAL if key != "architectures"})
+    assert config.num_kv_heads == reference.num_key_value_heads == 4
+    assert config.head_dim == reference.head_dim == 16
+    assert config.rms_norm_eps == reference.rms_norm_eps
+    assert config.max_position_embeddings == reference.max_position_embeddings
+    assert config.tie_word_embeddings is reference.tie_word_embeddings is False
+    assert config.rope == RopeConfig("default", reference.rope_parameters["rope_theta"])
+    assert config.eos_token_ids == ()
+
+
+def test_reads_what_transformers_writes() -> None:
+    written = LlamaConfig(
+        hidden_size=96,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=24,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        rope_parameters=LLAMA3_ROPE,
+        eos_token_id=[2, 7],
+    ).to_dict()
+    config = DecoderConfig.from_hf({**written, "architectures": ["LlamaForCausalLM"]})
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (6, 2, 24)
+    assert config.attention_bias and not config.mlp_bias and config.tie_word_embeddings
+    assert config.rope == RopeConfig("llama3", 10000.0, 8.0, 1.0, 4.0, 32)
+    assert config.bos_token_id == 1 and config.eos_token_ids == (2, 7)
+    shapes = config.block_linears()
+    assert (shapes["self_attn.o_proj"].out_features, shapes["self_attn.o_proj"].in_features) == (96, 144)
+    assert shapes["self_attn.k_proj"].bias and not shapes["mlp.up_proj"].bias
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_older_rope_spelling(key: str) -> None:
+    config = read(rope_theta=500000.0, rope_scaling={key: "linear", "factor": 4.0})
+    assert config.rope == RopeConfig("linear", 500000.0, 4.0)
+    assert read(rope_theta=500000.0, rope_scaling=None).rope == RopeConfig("default", 500000.0)
+
+
+def test_llama_without_architectures() -> None:
+    assert DecoderConfig.from_hf({**MINIMAL, "architectures": None, "model_type": "llama"}).num_blocks == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPTNeoXForCausalLM"]}, "architecture GPTNeoXForCausalLM.*supported: LlamaForCausalLM"),
+        ({"architectures": [], "model_type": "bloom"}, "model_type 'bloom'.*supported: LlamaForCausalLM"),
+        ({"hidden_act": "relu2"}, "hidden_act relu2 cannot be run; supported: silu"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type yarn.*supported: default, linear, llama3"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "method 'gptq'.*with zeros where it is pruned"),
+    ],
+)
+def test_unsupported_lists_what_is_supported(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        read(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"vocab_size": "50"}, "vocab_size is '50'; a positive number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"intermediate_size": 96.5}, "intermediate_size is 96.5; a whole number"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ({"hidden_size": 66}, "hidden_size 66 is no multiple of num_attention_heads 4"),
+        ({"head_dim": 15}, "head_dim 15 is odd"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; it must be a token id or a list"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
+    ],
+)
+def test_damaged_config_names_the_key(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read(**changes)
+
+
+def test_sparsity_record_over_plain_tensors_is_accepted() -> None:
+    record = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "dense", "sparsity_structure": "2:4"}}
+    assert read(quantization_config=record).num_blocks == 2
+    record["sparsity_config"] = {"format": "sparse-24-bitmask"}
+    with pytest.raises(UnsupportedError, match="compressed-tensors"):
+        read(quantization_config=record)
