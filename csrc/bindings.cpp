@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "linear_cpu.h"
 #include "pack_cpu.h"
 #ifdef SPARSERT_CUDA
 #include <cuda_runtime_api.h>
@@ -37,6 +38,13 @@ void unpack24_cpu(uintptr_t values, uintptr_t metadata, uintptr_t dense, int64_t
   py::gil_scoped_release release;
   sparsert::unpack24_cpu(pointer<void>(values), pointer<uint32_t>(metadata), pointer<void>(dense), rows, columns,
                          dtype == 2 ? 4 : 2, threads);
+}
+
+void linear24_cpu(uintptr_t values, uintptr_t metadata, uintptr_t x, uintptr_t y, int64_t batch, int64_t rows,
+                  int64_t columns, int dtype, int threads) {
+  py::gil_scoped_release release;
+  sparsert::linear24_cpu(pointer<void>(values), pointer<uint32_t>(metadata), pointer<float>(x), pointer<float>(y),
+                         batch, rows, columns, dtype, threads);
 }
 
 #ifdef SPARSERT_CUDA
@@ -118,6 +126,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("cuda_architectures", &cuda_architectures);
   module.def("pack24_cpu", &pack24_cpu);
   module.def("unpack24_cpu", &unpack24_cpu);
+  module.def("linear24_cpu", &linear24_cpu);
 #ifdef SPARSERT_CUDA
   module.def("linear24_cuda", &linear24_cuda);
   module.def("linear24_cuda_with", &linear24_cuda_with);

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <thread>
 #include <vector>
+
+#include "layout.h"
+#include "parallel.h"
 
 // The layout, with a picture, is in sparsert/formats/packed.py. Row tiles are independent, so threads take ranges of
 // them; within a tile the walk is row by row, because reading the dense rows in order is what memory likes.
@@ -12,18 +14,12 @@
 namespace sparsert {
 namespace {
 
-constexpr int64_t kRowTile = 16, kUnit = 64, kUnitsPerChunk = 4;
+constexpr int64_t kRowTile = kHostRowTile, kUnit = kHostUnit;
 constexpr uint32_t kPaddingNibble = 0xE;
 constexpr uint8_t kNibbleOfMask[16] = {0xE, 0x8, 0x9, 0x4, 0xE, 0x8, 0x9, 0, 0xE, 0xC, 0xD, 0, 0xE, 0, 0, 0};
 
 template <typename Bits>
 constexpr Bits kMagnitude = static_cast<Bits>(~(Bits(1) << (8 * sizeof(Bits) - 1)));
-
-int64_t metadata_word(int64_t units, int64_t unit, int64_t lane) {
-  const int64_t full = units / kUnitsPerChunk * kUnitsPerChunk;
-  if (unit < full) return unit / kUnitsPerChunk * 128 + lane * kUnitsPerChunk + unit % kUnitsPerChunk;
-  return unit * 32 + lane;
-}
 
 // Where the pair of group `group` (of 16 in a unit) and row `row` (of 16 in a tile) lives, in elements from the unit's
 // values: block, lane 4g+q, then register pair.
@@ -36,16 +32,6 @@ int64_t pair_offset(int64_t group, int64_t row) {
 int64_t word_lane(int64_t group, int64_t row) { return row % 8 * 4 + group / 4; }
 int word_bit(int64_t group, int64_t row) { return static_cast<int>(row / 8 * 16 + group % 4 * 4); }
 
-template <typename Function>
-void parallel_tiles(int64_t tiles, int threads, const Function& function) {
-  const int64_t workers = std::clamp<int64_t>(threads, 1, std::max<int64_t>(tiles, 1));
-  std::vector<std::thread> pool;
-  for (int64_t w = 1; w < workers; ++w)
-    pool.emplace_back([&, w] { function(static_cast<int>(w), tiles * w / workers, tiles * (w + 1) / workers); });
-  function(0, 0, tiles / workers);
-  for (auto& thread : pool) thread.join();
-}
-
 struct Stats {
   int64_t bad = 0, first = std::numeric_limits<int64_t>::max();
 };
@@ -53,7 +39,7 @@ struct Stats {
 template <typename Bits>
 Stats pack_tiles(const Bits* dense, const uint8_t* mask, Bits* values, uint32_t* metadata, int64_t rows,
                  int64_t columns, int64_t row_stride, int64_t begin, int64_t end) {
-  const int64_t units = (columns + kUnit - 1) / kUnit;
+  const int64_t units = host_units(columns);
   Stats stats;
   std::vector<uint32_t> words(units * 32);
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -91,7 +77,7 @@ Stats pack_tiles(const Bits* dense, const uint8_t* mask, Bits* values, uint32_t*
     }
     for (int64_t unit = 0; unit < units; ++unit)
       for (int64_t lane = 0; lane < 32; ++lane)
-        metadata[tile * units * 32 + metadata_word(units, unit, lane)] = words[unit * 32 + lane];
+        metadata[tile * units * 32 + host_metadata_word(units, unit, lane)] = words[unit * 32 + lane];
   }
   return stats;
 }
@@ -99,7 +85,7 @@ Stats pack_tiles(const Bits* dense, const uint8_t* mask, Bits* values, uint32_t*
 template <typename Bits>
 void unpack_tiles(const Bits* values, const uint32_t* metadata, Bits* dense, int64_t rows, int64_t columns,
                   int64_t begin, int64_t end) {
-  const int64_t units = (columns + kUnit - 1) / kUnit;
+  const int64_t units = host_units(columns);
   for (int64_t tile = begin; tile < end; ++tile) {
     const Bits* tile_values = values + tile * units * 512;
     const uint32_t* tile_metadata = metadata + tile * units * 32;
@@ -108,7 +94,7 @@ void unpack_tiles(const Bits* values, const uint32_t* metadata, Bits* dense, int
       if (r >= rows) break;
       for (int64_t unit = 0; unit < units; ++unit) {
         uint32_t words[4];
-        for (int64_t q = 0; q < 4; ++q) words[q] = tile_metadata[metadata_word(units, unit, row % 8 * 4 + q)];
+        for (int64_t q = 0; q < 4; ++q) words[q] = tile_metadata[host_metadata_word(units, unit, row % 8 * 4 + q)];
         for (int64_t group = 0; group < 16; ++group) {
           const int64_t column = unit * kUnit + group * 4;
           if (column >= columns) break;
@@ -129,7 +115,7 @@ void pack(const void* dense, const uint8_t* mask, void* values, uint32_t* metada
           int64_t columns, int64_t row_stride, int threads) {
   const int64_t tiles = (rows + kRowTile - 1) / kRowTile;
   std::vector<Stats> found(std::max(threads, 1));
-  parallel_tiles(tiles, threads, [&](int worker, int64_t begin, int64_t end) {
+  parallel_for(tiles, threads, [&](int worker, int64_t begin, int64_t end) {
     found[worker] = pack_tiles(static_cast<const Bits*>(dense), mask, static_cast<Bits*>(values), metadata, rows,
                                columns, row_stride, begin, end);
   });
@@ -141,7 +127,7 @@ void pack(const void* dense, const uint8_t* mask, void* values, uint32_t* metada
 
 template <typename Bits>
 void unpack(const void* values, const uint32_t* metadata, void* dense, int64_t rows, int64_t columns, int threads) {
-  parallel_tiles((rows + kRowTile - 1) / kRowTile, threads, [&](int, int64_t begin, int64_t end) {
+  parallel_for((rows + kRowTile - 1) / kRowTile, threads, [&](int, int64_t begin, int64_t end) {
     unpack_tiles(static_cast<const Bits*>(values), metadata, static_cast<Bits*>(dense), rows, columns, begin, end);
   });
 }

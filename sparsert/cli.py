@@ -101,13 +101,15 @@ def generate(arguments: argparse.Namespace) -> None:
         ignore_eos=arguments.ignore_eos,
         **{name: value for name, value in options.items() if value is not None},
     )
-    model, prune = arguments.model, None
+    model, mask_maker = arguments.model, None
     if model is None:
         from sparsert.checkpoint import DEFAULT_MODEL, fetch_default_model
 
         model = str(fetch_default_model(notify=_say))
         if arguments.masks is None:
-            prune = "magnitude"
+            from sparsert.compress import magnitude_mask
+
+            mask_maker = magnitude_mask
             _say(_MAGNITUDE_NOTE.format(model=DEFAULT_MODEL))
     llm = LLM(
         model,
@@ -119,7 +121,7 @@ def generate(arguments: argparse.Namespace) -> None:
         force_remove=arguments.force_remove,
         max_length=arguments.max_length,
         backend=arguments.backend,
-        prune=prune,
+        mask_maker=mask_maker,
         progress=sys.stderr.isatty(),
     )
     if arguments.stream:

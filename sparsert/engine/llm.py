@@ -22,7 +22,6 @@ from torch import Tensor
 
 from sparsert import ops
 from sparsert.checkpoint import MaskFile, open_checkpoint, read_maskllm, resolve_checkpoint
-from sparsert.compress import magnitude_mask
 from sparsert.engine.cache import kv_bytes_per_token
 from sparsert.engine.generate import GrowingText, StreamCallback, generate_batch
 from sparsert.engine.params import SamplingParams
@@ -36,12 +35,9 @@ from sparsert.engine.tokenizer import (
     load_tokenizer,
     read_eos_token_ids,
 )
-from sparsert.errors import InputError, UnsupportedError
+from sparsert.errors import InputError
 from sparsert.models import DecoderConfig, load_model
 from sparsert.schedule import LayerPlan, parse_block_list, read_block_order
-
-#: One-shot mask makers that can be applied while loading.
-_MASK_MAKERS: dict[str, Callable[[Tensor], Tensor]] = {"magnitude": magnitude_mask}
 
 
 class LLM:
@@ -67,7 +63,7 @@ class LLM:
         force_remove: bool = False,
         max_length: int | None = None,
         backend: str = "auto",
-        prune: str | None = None,
+        mask_maker: Callable[[Tensor], Tensor] | None = None,
         progress: bool = False,
     ) -> None:
         """Load a model.
@@ -83,19 +79,19 @@ class LLM:
             max_length: most tokens of a text, prompt and output together; default what the model was
                 made for. Memory for keys and values is taken as needed, not for all of it.
             backend: kernels of the packed layers: auto, native, triton, torch or dense.
-            prune: ``"magnitude"`` prunes every weight 2:4 by magnitude while loading.
+            mask_maker: prunes every linear of a block while loading: weight ``[out_features, in_features]`` ->
+                2:4 mask of that shape, e.g. ``sparsert.compress.magnitude_mask``.
             progress: show a bar on standard error.
 
         Raises:
             CheckpointError: the checkpoint or mask file is missing, damaged, or does not fit.
             SparsityError: a mask, or a weight said to be 2:4, is not.
-            UnsupportedError: architecture, device, dtype, backend or prune method that cannot be run.
+            UnsupportedError: architecture, device, dtype or backend that cannot be run.
             InputError: block numbers or ``max_length`` out of range, or arguments that exclude each other.
         """
         start = time.perf_counter()
-        mask_maker = _mask_maker(prune)
         if mask_maker is not None and masks is not None:
-            raise InputError("masks and prune exclude each other; give a mask file or a pruning method, not both")
+            raise InputError("masks and mask_maker exclude each other; give a mask file or a pruning method, not both")
         self.checkpoint = open_checkpoint(resolve_checkpoint(str(model)))
         config = DecoderConfig.from_hf(self.checkpoint.config)
         plan = _layer_plan(config.num_blocks, remove_blocks, block_order, force_remove)
@@ -279,14 +275,6 @@ class LLM:
         )
         passed_over = [f"2:4 layers run on {choice.kernel}, not {name}: {why}" for name, why in choice.rejected]
         return choice.kernel, passed_over if choice.is_fallback else []
-
-
-def _mask_maker(prune: str | None) -> Callable[[Tensor], Tensor] | None:
-    if prune is None:
-        return None
-    if prune not in _MASK_MAKERS:
-        raise UnsupportedError(f"prune method {prune!r} is not known; supported: {', '.join(_MASK_MAKERS)}")
-    return _MASK_MAKERS[prune]
 
 
 def _layer_plan(

@@ -58,6 +58,7 @@ def to_bitmask(packed: Packed24, name: str = "weight") -> dict[str, Tensor]:
         SparsityError: the metadata is damaged.
 
     Example:
+        >>> from sparsert.formats import pack_reference
         >>> to_bitmask(pack_reference(torch.tensor([[1.0, 0, 0, 2, 0, 3, 4, 0]])))["bitmask"].tolist()
         [[105]]
     """

@@ -42,10 +42,17 @@ CAPABILITIES: tuple[Capability, ...] = (
         "Triton, decompressed in registers, dense tensor cores",
     ),
     Capability(
+        "cpu", "native", ("cpu",), (torch.bfloat16, torch.float16, torch.float32), 8,
+        "threaded C++ on the packed weight",
+    ),
+    Capability(
         "unpack", "dense", ("cuda", "cpu"), (torch.bfloat16, torch.float16, torch.float32), None,
         "unpacked into a dense scratch that lives for one call, then a dense matrix product",
     ),
 )  # fmt: skip
+
+
+_TOO_MANY_ROWS = "takes up to"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Choice:
     """What runs and why.
 
     Attributes:
-        kernel: ``mma_sp``, ``triton`` or ``unpack``.
+        kernel: ``mma_sp``, ``triton``, ``cpu`` or ``unpack``.
         summary: what that is, in words.
         rejected: (kernel, reason) of every preferred kernel that could not run.
     """
@@ -76,6 +83,9 @@ class Choice:
 @functools.cache
 def _unavailable(kernel: str, device: torch.device) -> str | None:
     """Why a kernel is not there on this machine; None when it is."""
+    if kernel == "cpu":
+        reason = None if native.module() is not None else native.status()["reason"]
+        return f"unavailable: {reason}" if reason else None
     if kernel == "mma_sp":
         reason = native.cuda_reason(device)
         return f"unavailable: {reason}" if reason else None
@@ -95,7 +105,7 @@ def _rejection(row: Capability, device: torch.device, dtype: torch.dtype, batch:
     if reason is not None:
         return reason
     if row.max_batch is not None and batch > row.max_batch:
-        return f"takes up to {row.max_batch} rows of input, not {batch}"
+        return f"{_TOO_MANY_ROWS} {row.max_batch} rows of input, not {batch}"
     return None
 
 
@@ -117,11 +127,12 @@ def choose(device: torch.device, dtype: torch.dtype, batch: int, backend: str = 
         if backend not in ("auto", row.backend) and row.kernel != "unpack":
             continue
         reason = _rejection(row, device, dtype, batch)
+        if reason is None and row.kernel == "unpack" and backend not in ("auto", "dense"):
+            hindrances = [f"{kernel} {why}" for kernel, why in rejected if not why.startswith(_TOO_MANY_ROWS)]
+            if len(hindrances) == len(rejected):  # not the batch: this backend does not run here at all
+                raise UnsupportedError(f"backend={backend!r} cannot run here: {'; '.join(hindrances)}; use 'auto'")
         if reason is None:
             return Choice(row.kernel, row.summary, tuple(rejected))
-        too_large = row.max_batch is not None and reason.startswith("takes up to")
-        if backend == row.backend and not too_large:
-            raise UnsupportedError(f"backend={backend!r} cannot run here: {row.kernel} {reason}; use backend='auto'")
         rejected.append((row.kernel, reason))
     raise UnsupportedError(
         f"no kernel runs a 2:4 linear on {device} in {dtype}: "

@@ -30,7 +30,7 @@ _library.define(
 
 @functools.cache
 def _warn_fallback(text: str) -> None:
-    warnings.warn(f"sparsert: 2:4 linears run without the CUDA kernel: {text}", stacklevel=2)
+    warnings.warn(f"sparsert: 2:4 linears run without the compiled kernel: {text}", stacklevel=2)
 
 
 def _unpack_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, rows: int, columns: int) -> Tensor:
@@ -40,6 +40,17 @@ def _unpack_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | N
     else:
         dense = unpack_into(values, metadata, rows, columns, implementation)
     return torch.nn.functional.linear(x, dense, bias)
+
+
+def _cpu_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, rows: int, columns: int) -> Tensor:
+    wide = x.float().contiguous()
+    y = torch.empty((x.shape[0], rows), dtype=torch.float32)
+    extension: Any = native.module()
+    extension.linear24_cpu(
+        values.data_ptr(), metadata.data_ptr(), wide.data_ptr(), y.data_ptr(), x.shape[0], rows, columns,
+        dtype_code(values.dtype), torch.get_num_threads(),
+    )  # fmt: skip
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def _mma_sp_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, rows: int, columns: int) -> Tensor:
@@ -71,9 +82,11 @@ def _linear24_impl(
         return x.new_empty((*x.shape[:-1], out_features))
     choice = choose(x.device, x.dtype, flat.shape[0], backend)
     if choice.is_fallback:
-        _warn_fallback(choice.rejected[0][1])
+        _warn_fallback(next(why for _, why in choice.rejected if why.startswith("unavailable")))
     if choice.kernel == "mma_sp":
         y = _mma_sp_linear(flat, values, metadata, bias, out_features, in_features)
+    elif choice.kernel == "cpu":
+        y = _cpu_linear(flat, values, metadata, bias, out_features, in_features)
     elif choice.kernel == "triton":
         from sparsert.kernels.linear24 import linear24 as triton_linear24
 

@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsert.checkpoint import open_checkpoint, write_maskllm
+from sparsert.compress import magnitude_mask
 from sparsert.engine import LLM, Completion, SamplingParams
 from sparsert.errors import CheckpointError, InputError, UnsupportedError
 
@@ -109,23 +110,21 @@ def test_block_order_file(directory: Path, tmp_path: Path) -> None:
         LLM(directory, device="cpu", block_order=(order, 1), remove_blocks="4")
 
 
-def test_masks_and_prune(tmp_path: Path) -> None:
+def test_masks_and_mask_maker(tmp_path: Path) -> None:
     model = make_llama()
     path = save(model, tmp_path / "model")
     checkpoint = open_checkpoint(path)
     magnitude_prune_(model)
     prompts = random_prompts([11])
     expected = greedy_reference(model, prompts[0], 24)
-    pruned = LLM(path, device="cpu", prune="magnitude")
+    pruned = LLM(path, device="cpu", mask_maker=magnitude_mask)
     assert list(pruned.generate(prompts, _greedy(24))[0].token_ids) == expected
     state = model.state_dict()
     write_maskllm(tmp_path / "masks.npz", ((name, state[name] != 0) for name in checkpoint.block_linears()))
     masked = LLM(path, device="cpu", masks=tmp_path / "masks.npz")
     assert list(masked.generate(prompts, _greedy(24))[0].token_ids) == expected
-    with pytest.raises(InputError, match="masks and prune exclude each other"):
-        LLM(path, device="cpu", masks=tmp_path / "masks.npz", prune="magnitude")
-    with pytest.raises(UnsupportedError, match="prune method 'wanda' is not known; supported: magnitude"):
-        LLM(path, device="cpu", prune="wanda")
+    with pytest.raises(InputError, match="masks and mask_maker exclude each other"):
+        LLM(path, device="cpu", masks=tmp_path / "masks.npz", mask_maker=magnitude_mask)
 
 
 def test_more_prompts_than_a_batch_holds(llm: LLM, reference: LlamaForCausalLM) -> None:
@@ -335,7 +334,7 @@ def test_summary_is_json(directory: Path) -> None:
     assert summary["linear_bytes"] < 0.75 * summary["linear_bytes_dense"]
     assert summary["embedding_bytes"] == 262 * 96 * 2 and summary["tied_head"] is True
     assert summary["dtype"] == "bfloat16" and summary["device"] == "cpu"
-    assert summary["backend"] == "auto" and summary["kernel"] == "unpack"
+    assert summary["backend"] == "auto" and summary["kernel"] in ("cpu", "unpack")  # unpack where no compiler was found
     assert summary["kv_bytes_per_token"] == 2 * 7 * 2 * 24 * 2
     assert summary["max_length"] == 512 and summary["warnings"] == []
 

@@ -58,7 +58,7 @@ def reference(directory: Path) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def pruned(directory: Path) -> LLM:
-    return LLM(directory, device="cpu", dtype="float32", prune="magnitude", remove_blocks=REMOVED)
+    return LLM(directory, device="cpu", dtype="float32", mask_maker=magnitude_mask, remove_blocks=REMOVED)
 
 
 def _check_tokens(llm: LLM, reference: LlamaForCausalLM, repetition_penalty: float) -> set[int]:
@@ -101,7 +101,7 @@ def test_unpruned_model_equals_transformers(directory: Path) -> None:
 @pytest.mark.slow
 def test_error_in_bfloat16_is_at_most_twice_that_of_transformers(directory: Path, reference: LlamaForCausalLM) -> None:
     """Logits on a text, both in bfloat16 against the same weights in fp32."""
-    llm = LLM(directory, device="cpu", dtype="bfloat16", prune="magnitude", remove_blocks=REMOVED)
+    llm = LLM(directory, device="cpu", dtype="bfloat16", mask_maker=magnitude_mask, remove_blocks=REMOVED)
     tokens = torch.tensor([llm.tokenizer.encode(" ".join(PROMPTS))])
     exact = reference(tokens).logits
     theirs = (reference.bfloat16()(tokens).logits.float() - exact).abs()

@@ -1,0 +1,38 @@
+"""What loading leaves and what it takes on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_llama import magnitude_prune_, make_llama, save
+
+from sparsert.checkpoint import open_checkpoint
+from sparsert.models import load_model
+
+
+@pytest.mark.gpu
+def test_peak_is_packed_size_and_two_dense_layers(tmp_path: Path) -> None:
+    model = make_llama(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=16, num_key_value_heads=4,
+        head_dim=64, vocab_size=2048,
+    ).bfloat16()  # fmt: skip
+    magnitude_prune_(model)
+    path = save(model, tmp_path / "model")
+    largest = max(p.nbytes for n, p in model.named_parameters() if "proj" in n)
+    del model
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loaded = load_model(open_checkpoint(path), device="cuda", dtype="bfloat16")
+    after = torch.cuda.memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
+    dense = loaded.report.dense_bytes
+    print(
+        f"\nlinears {loaded.report.share:.4f} of dense; peak {(peak - after) / largest:.2f} dense layers over the end"
+    )
+    assert loaded.report.share <= 0.57
+    others = sum(p.nbytes for p in loaded.parameters())  # embedding, head and norms; packed weights are buffers
+    assert after <= 0.57 * dense + others + 2**20
+    assert peak <= after + 2 * largest
