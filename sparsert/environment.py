@@ -106,7 +106,8 @@ def describe_environment() -> Environment:
 
     from sparsert.ops import native
 
-    packages = {name: _version(name) for name in _PACKAGES}
+    # torch's own version also names its build, e.g. +cu130 or +cpu
+    packages = {name: _version(name) for name in _PACKAGES} | {"torch": str(torch.__version__)}
     status = native.status()
     driver, driver_reason = _driver_version()
     cuda_available = torch.cuda.is_available()

@@ -78,6 +78,7 @@ def convert_gguf(gguf: Path, output: Path, *, progress: bool = False) -> None:
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.model_max_length = config.max_position_embeddings
+    _set_special_tokens_(tokenizer, reader)
     if "tokenizer.ggml.pre" in reader.fields and reader.fields["tokenizer.ggml.pre"].contents() == "smollm":
         split_digits_(tokenizer)
     tokenizer.save_pretrained(output)
@@ -95,6 +96,14 @@ def convert_gguf(gguf: Path, output: Path, *, progress: bool = False) -> None:
                 weight = deinterleave_heads(weight, config.num_key_value_heads)
             writer.write(name, weight.to(torch.bfloat16))
     _write_configs(config, output, tied="lm_head.weight" not in tensors)
+
+
+def _set_special_tokens_(tokenizer: Any, reader: Any) -> None:
+    """Give the tokenizer the special tokens that the file names; not every release of ``transformers`` does."""
+    for kind, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        entry = reader.fields.get(f"tokenizer.ggml.{field}_token_id")
+        if entry is not None:
+            setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(int(entry.contents())))
 
 
 def split_digits_(tokenizer: Any) -> None:

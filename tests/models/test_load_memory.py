@@ -34,5 +34,5 @@ def test_peak_is_packed_size_and_two_dense_layers(tmp_path: Path) -> None:
     )
     assert loaded.report.share <= 0.57
     others = sum(p.nbytes for p in loaded.parameters())  # embedding, head and norms; packed weights are buffers
-    assert after <= 0.57 * dense + others + 2**20
+    assert after <= 1.02 * (0.5626 * dense + others)  # the allocator rounds
     assert peak <= after + 2 * largest

@@ -113,4 +113,6 @@ def test_a_7b_model_packs_in_seconds() -> None:
     print(f"\n7B packed in {seconds:.3f} s of GPU time, {kept / dense_bytes:.4f} of dense")
     assert seconds < 10
     assert kept <= 0.5626 * dense_bytes
-    assert torch.cuda.max_memory_allocated() - before <= kept + 2 * largest
+    after = torch.cuda.memory_allocated()
+    assert after - before <= 1.02 * kept  # the allocator rounds
+    assert torch.cuda.max_memory_allocated() <= after + 2 * largest
