@@ -20,17 +20,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sparsert.checkpoint.reader import Checkpoint
 from sparsert.errors import SparsertError
+from sparsert.formats.groups import comparable, count_groups
 from sparsert.formats.packed import PACKED_DTYPES, packed_nbytes
 
 #: Share of zeros from which a weight that is not 2:4 counts as pruned some other way.
 OTHER_ZERO_SHARE = 0.25
-
-#: Values counted at a time; keeps the temporaries of a slice below 100 MB.
-_SLICE_VALUES = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +205,7 @@ def _inspect_tensor(checkpoint: Checkpoint, name: str, block_linear: bool) -> Te
         else:
             pattern = "other" if zero_share >= OTHER_ZERO_SHARE else "dense"
     else:
-        zero_share = 1.0 - int(torch.count_nonzero(_comparable(tensor))) / max(tensor.numel(), 1)
+        zero_share = 1.0 - int(torch.count_nonzero(comparable(tensor))) / max(tensor.numel(), 1)
         bad_groups, pattern = None, "-"
     runs_sparse = block_linear and pattern in ("2:4", "1:4") and tensor.dtype in PACKED_DTYPES
     return TensorReport(
@@ -223,26 +220,3 @@ def _inspect_tensor(checkpoint: Checkpoint, name: str, block_linear: bool) -> Te
         nbytes=nbytes,
         packed_bytes=packed_nbytes(tensor.shape[0], tensor.shape[1], tensor.dtype) if runs_sparse else nbytes,
     )
-
-
-def count_groups(weight: Tensor) -> tuple[int, int, int]:
-    """Count along the inputs of ``weight`` ``[out_features, in_features]``, ``in_features`` a multiple of 4.
-
-    Returns:
-        ``(zeros, groups with three or four non-zeros, most non-zeros in a group)``.
-    """
-    zeros = bad = fullest = 0
-    rows_a_slice = max(1, _SLICE_VALUES // weight.shape[1])
-    for rows in weight.split(rows_a_slice):
-        kept = (_comparable(rows) != 0).contiguous()
-        # four bools are one 32-bit word of four 0/1 bytes; the multiplication adds them up in the highest byte
-        counts = (kept.view(torch.int32) * 0x01010101) >> 24
-        zeros += kept.numel() - int(counts.sum())
-        bad += int((counts > 2).sum())
-        fullest = max(fullest, int(counts.max()))
-    return zeros, bad, fullest
-
-
-def _comparable(tensor: Tensor) -> Tensor:
-    """8-bit floats cannot be compared everywhere; a wider copy can."""
-    return tensor.float() if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else tensor

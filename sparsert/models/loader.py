@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from sparsert import ops
 from sparsert.checkpoint import Checkpoint, MaskFile
 from sparsert.errors import CheckpointError, UnsupportedError
+from sparsert.formats.groups import count_groups
 from sparsert.models.config import DecoderConfig, LinearShape
 from sparsert.models.decoder import DecoderBlock, DecoderModel
 from sparsert.models.linears import dense_linear
@@ -42,9 +43,6 @@ _BLOCK_NORMS = ("input_layernorm", "post_attention_layernorm")
 _DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 _FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-#: Rows are counted in slices of about this many elements, so that counting needs no second weight.
-_COUNT_ELEMENTS = 1 << 24
 
 _NAMES_SHOWN = 4
 
@@ -272,24 +270,10 @@ def _find_mask(
         return mask_maker(weight), "mask maker", True
     if checkpoint.claims_two_of_four(name):
         return None, "zeros in the weight", True  # packing refuses it if the claim is wrong
-    too_full = count_full_groups(weight)
+    _, too_full, _ = count_groups(weight)
     if too_full == 0:
         return None, "zeros in the weight", True
     return None, f"{too_full} of {weight.numel() // 4} groups of four keep more than 2 values", False
-
-
-def count_full_groups(weight: Tensor) -> int:
-    """How many groups of four inputs hold three or four non-zeros.
-
-    Args:
-        weight: ``[out_features, in_features]``, ``in_features`` divisible by 4.
-    """
-    rows = max(1, _COUNT_ELEMENTS // weight.shape[1])
-    total = torch.zeros((), dtype=torch.int64, device=weight.device)
-    for part in weight.split(rows):
-        kept = (part != 0).view(-1, 4).sum(-1, dtype=torch.uint8)
-        total += (kept > 2).sum()
-    return int(total)
 
 
 def _place_linear(block: DecoderBlock, name: str, linear: nn.Module) -> None:

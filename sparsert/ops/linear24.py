@@ -19,7 +19,7 @@ from sparsert.errors import InputError
 from sparsert.formats.packed import PACKED_DTYPES, Packed24, unpack_reference
 from sparsert.ops import native
 from sparsert.ops.choice import Choice, choose
-from sparsert.ops.pack import _implementation, dtype_code, unpack_into
+from sparsert.ops.pack import choose_packer, dtype_code, unpack_into
 
 _library = torch.library.Library("sparsert", "DEF")
 _library.define(
@@ -33,13 +33,12 @@ def _warn_fallback(text: str) -> None:
     warnings.warn(f"sparsert: 2:4 linears run without the compiled kernel: {text}", stacklevel=2)
 
 
-def _unpack_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, rows: int, columns: int) -> Tensor:
-    implementation = _implementation(values.device, "auto")
+def _dense(values: Tensor, metadata: Tensor, rows: int, columns: int) -> Tensor:
+    """The weight unpacked, for one call."""
+    implementation = choose_packer(values.device, "auto")
     if implementation == "reference":
-        dense = unpack_reference(Packed24(values, metadata, rows, columns))
-    else:
-        dense = unpack_into(values, metadata, rows, columns, implementation)
-    return torch.nn.functional.linear(x, dense, bias)
+        return unpack_reference(Packed24(values, metadata, rows, columns))
+    return unpack_into(values, metadata, rows, columns, implementation)
 
 
 def _cpu_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, rows: int, columns: int) -> Tensor:
@@ -92,7 +91,7 @@ def _linear24_impl(
 
         y = triton_linear24(flat, values, metadata, out_features, in_features, bias)
     else:
-        y = _unpack_linear(flat, values, metadata, bias, out_features, in_features)
+        y = torch.nn.functional.linear(flat, _dense(values, metadata, out_features, in_features), bias)
     return y.view((*x.shape[:-1], out_features))
 
 
@@ -118,12 +117,7 @@ def _backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     values, metadata = context.saved_tensors
     gradient_x = gradient_bias = None
     if context.needs_input_grad[0]:
-        implementation = _implementation(values.device, "auto")
-        if implementation == "reference":
-            dense = unpack_reference(Packed24(values, metadata, context.out_features, context.in_features))
-        else:
-            dense = unpack_into(values, metadata, context.out_features, context.in_features, implementation)
-        gradient_x = gradient @ dense
+        gradient_x = gradient @ _dense(values, metadata, context.out_features, context.in_features)
     if context.needs_input_grad[3]:
         gradient_bias = gradient.reshape(-1, context.out_features).sum(0)
     return gradient_x, None, None, gradient_bias, None, None, None

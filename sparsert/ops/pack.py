@@ -34,7 +34,13 @@ def dtype_code(dtype: torch.dtype) -> int:
     return _DTYPE_CODES[dtype]
 
 
-def _implementation(device: torch.device, backend: str) -> str:
+def choose_packer(device: torch.device, backend: str) -> str:
+    """Which implementation packs and unpacks on ``device``: ``native``, ``triton`` or ``reference``.
+
+    Raises:
+        InputError: unknown backend.
+        UnsupportedError: the named backend is not available there.
+    """
     if backend not in PACK_BACKENDS:
         raise InputError(f"backend={backend!r}: choose one of {', '.join(PACK_BACKENDS)}")
     if device.type == "cuda":
@@ -79,7 +85,7 @@ def pack(weight: Tensor, mask: Tensor | None = None, *, name: str = "weight", ba
         1
     """
     rows, columns = check_packable(weight, mask, name)
-    implementation = _implementation(weight.device, backend)
+    implementation = choose_packer(weight.device, backend)
     if implementation == "reference":
         return pack_reference(weight, mask, name)
     if mask is not None:
@@ -124,7 +130,7 @@ def unpack(packed: Packed24, *, backend: str = "auto") -> Tensor:
         InputError: unknown backend.
         UnsupportedError: the named backend is not available.
     """
-    implementation = _implementation(packed.device, backend)
+    implementation = choose_packer(packed.device, backend)
     if implementation == "reference":
         return unpack_reference(packed)
     return unpack_into(packed.values, packed.metadata, packed.out_features, packed.in_features, implementation)

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from tiny_files import BLOCKS, tiny_config, tiny_tensors
 
@@ -57,19 +56,6 @@ def test_patterns_counts_and_bytes(make_directory: Make) -> None:
 
 def report_order(report: inspect_module.CheckpointReport) -> list[str]:
     return [tensor.name for tensor in report.tensors]
-
-
-@pytest.mark.parametrize("slice_values", [1, 50, 1 << 24])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn])
-def test_counting_in_slices_equals_counting_at_once(
-    monkeypatch: pytest.MonkeyPatch, slice_values: int, dtype: torch.dtype
-) -> None:
-    monkeypatch.setattr(inspect_module, "_SLICE_VALUES", slice_values)
-    weight = torch.randint(-1, 2, (37, 52)).to(dtype)
-    weight.view(torch.uint8)[:1] = 0
-    kept = (weight.float() != 0).view(37, 13, 4).sum(-1)
-    expected = (weight.numel() - int(kept.sum()), int((kept > 2).sum()), int(kept.max()))
-    assert inspect_module.count_groups(weight) == expected
 
 
 def test_embeddings_with_zeros_do_not_run_sparse(make_directory: Make) -> None:

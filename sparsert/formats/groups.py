@@ -1,0 +1,42 @@
+"""Counting what a dense weight's groups of four keep: is it 2:4, and if not, by how much.
+
+Counted in slices of rows, so that a weight mapped from a file is read once and little is held beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Rows are counted in slices of about this many values.
+_SLICE_VALUES = 1 << 24
+
+
+def count_groups(weight: Tensor) -> tuple[int, int, int]:
+    """Count along the inputs of a weight.
+
+    Args:
+        weight: ``[out_features, in_features]``, any float dtype, ``in_features`` a multiple of 4.
+
+    Returns:
+        ``(zeros, groups with three or four non-zeros, most non-zeros in a group)``.
+
+    Example:
+        >>> count_groups(torch.tensor([[1.0, 0.0, 2.0, 3.0, 0.0, 0.0, 0.0, 4.0]]))
+        (4, 1, 3)
+    """
+    zeros = bad = fullest = 0
+    rows_a_slice = max(1, _SLICE_VALUES // weight.shape[1])
+    for rows in weight.split(rows_a_slice):
+        kept = (comparable(rows) != 0).contiguous()
+        # four bools are one 32-bit word of four 0/1 bytes; the multiplication adds them up in the highest byte
+        counts = (kept.view(torch.int32) * 0x01010101) >> 24
+        zeros += kept.numel() - int(counts.sum())
+        bad += int((counts > 2).sum())
+        fullest = max(fullest, int(counts.max()))
+    return zeros, bad, fullest
+
+
+def comparable(tensor: Tensor) -> Tensor:
+    """8-bit floats cannot be compared everywhere; a wider copy can."""
+    return tensor.float() if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else tensor
