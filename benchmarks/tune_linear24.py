@@ -13,10 +13,11 @@ import json
 from pathlib import Path
 
 import torch
-from linear24 import random_24
-from timing import copies_for, graph_time_us, machine
 
 from sparsert import ops
+from sparsert.bench.contenders import random_24
+from sparsert.bench.records import machine_facts
+from sparsert.bench.timing import copies_for, time_calls
 from sparsert.formats import Packed24
 from sparsert.ops import native
 from sparsert.ops.pack import dtype_code
@@ -44,10 +45,10 @@ def main() -> None:
 
     extension = native.module()
     names = extension.linear24_configs()
-    record: dict = {"machine": machine(), "configs": names, "layers": []}
+    record: dict = {"machine": machine_facts("cuda"), "configs": names, "layers": []}
     table: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for rows, columns in SHAPES:
-        packed = ops.pack(random_24(rows, columns, torch.bfloat16))
+        packed = ops.pack(random_24(rows, columns, torch.bfloat16, "cuda"))
         copies = min(64, copies_for(packed.nbytes))
         rotated = [Packed24(packed.values.clone(), packed.metadata.clone(), rows, columns) for _ in range(copies)]
         for batch in BATCHES:
@@ -71,7 +72,7 @@ def main() -> None:
                         run_all()
                     except RuntimeError:
                         break  # this tile is not built for this batch
-                    times.append((graph_time_us(run_all, copies, repeats=3)["median"], config, splits))
+                    times.append((time_calls(run_all, copies, repeats=3)["median"], config, splits))
             times.sort()
             table.setdefault((rows, columns), []).append(times[0][1:])
             record["layers"].append({"shape": (rows, columns), "batch": batch, "best": times[:8]})

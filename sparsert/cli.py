@@ -2,7 +2,8 @@
 
 Each subcommand is one function that takes the parsed options. Results go to standard output, all
 else (progress, notes, errors) to standard error, so output can be piped. Exit codes: 0; 2 for
-whatever the user can mend, with one sentence; 1 for a bug, with the traceback; 130 after Ctrl-C.
+whatever the user can mend, with one sentence; 3 when `bench check` finds something slower; 1 for a
+bug, with the traceback; 130 after Ctrl-C.
 Everything heavy is imported inside the functions, so ``sparsert --help`` answers at once.
 """
 
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsert.cli_bench import add_bench
 from sparsert.cli_options import build_parser
 from sparsert.errors import InputError, SparsertError
 
@@ -55,10 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         with _short_warnings():
-            arguments = build_parser({"generate": generate, "prune": prune, "inspect": inspect, "env": env}).parse_args(
-                argv
-            )
-            arguments.run(arguments)
+            commands = {"generate": generate, "prune": prune, "inspect": inspect, "env": env}
+            arguments = build_parser(commands, add_bench).parse_args(argv)
+            code = arguments.run(arguments)
         sys.stdout.flush()
     except SystemExit as leaving:  # --help and --version
         return leaving.code if isinstance(leaving.code, int) else 0
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         _say("this is a bug: please report it with the lines above and the output of `sparsert env`")
         return EXIT_BUG
-    return 0
+    return code or 0
 
 
 def generate(arguments: argparse.Namespace) -> None:

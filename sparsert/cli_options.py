@@ -12,15 +12,15 @@ from typing import Any, NoReturn
 from sparsert import __version__
 from sparsert.errors import InputError
 
-#: A subcommand: takes the parsed options, prints its result.
-Command = Callable[[argparse.Namespace], None]
+#: A subcommand: takes the parsed options, prints its result, and returns an exit code if that is not 0.
+Command = Callable[[argparse.Namespace], int | None]
 
 
 class _UsageError(InputError):
     """A command line that cannot be parsed."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse that reports as every other error does, instead of printing usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
@@ -33,6 +33,7 @@ examples:
   sparsert generate --model DIR --prompt "Hello" --chat  run your own checkpoint as a chat model
   sparsert prune --model DIR --output PRUNED             write a 2:4 checkpoint
   sparsert inspect PRUNED                                see which layers would run sparse
+  sparsert bench kernels                                 measure layers against cuBLAS and torch.sparse
   sparsert env                                           see what this machine can use
 """
 
@@ -69,16 +70,17 @@ Columns: the share of zeros, how many groups of four inputs hold more than two v
 """
 
 
-def build_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
+def build_parser(run: Mapping[str, Command], add_more: Callable[[Any], None] | None = None) -> argparse.ArgumentParser:
     """The parser of the whole command line.
 
     Args:
         run: what each subcommand does; the parsed options carry it as ``run``.
+        add_more: adds further subcommands to what ``add_subparsers`` returned.
 
     Returns:
         A parser that raises ``InputError`` for a command line it does not understand.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="sparsert",
         description="Run pruned language models: 2:4 weights packed once, removed blocks skipped.",
         epilog=_EXAMPLES,
@@ -90,6 +92,8 @@ def build_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     _add_generate(commands, run["generate"])
     _add_prune(commands, run["prune"])
     _add_inspect(commands, run["inspect"])
+    if add_more is not None:
+        add_more(commands)
     _add_env(commands, run["env"])
     return parser
 

@@ -1,0 +1,137 @@
+"""``sparsert bench profile``: one decode step, split into parts, for the dense model and the pruned one.
+
+It answers why a speed-up is what it is: 2:4 shortens the linear layers and nothing else, so what attention,
+norms, the head and gaps take is what remains. How times are taken stands in ``step_profile``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from typing import Any
+
+import torch
+
+from sparsert.bench.card import corner_name
+from sparsert.bench.model_options import add_model_options, subject_of
+from sparsert.bench.options import parse_counts, progress, resolve_dtype, settings_of
+from sparsert.bench.subject import Subject, build_model
+from sparsert.errors import InputError
+
+EXAMPLES = """\
+examples:
+  sparsert bench profile --arch llama-3.1-8b --batch 1,16 --output profile.json
+  sparsert bench profile --model DIR --remove-blocks 21-25,27 --context 2048
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add this command's own options."""
+    add_model_options(parser)
+    parser.add_argument("--no-dense", action="store_true", help="leave out the dense model")
+    step = parser.add_argument_group("the step")
+    step.add_argument("--batch", metavar="LIST", default="1", help="texts at once, each profiled (default: 1)")
+    step.add_argument("--context", metavar="N", type=int, default=128, help="tokens before the step (default: 128)")
+    step.add_argument("--steps", metavar="N", type=int, default=20, help="steps that are averaged (default: 20)")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Profile, print the table and return the record.
+
+    Raises:
+        InputError, UnsupportedError, CheckpointError: options that do not fit.
+    """
+    from sparsert.bench.records import new_record
+    from sparsert.engine.runner import MAX_BATCH_SIZE
+    from sparsert.models import resolve_device
+
+    device = resolve_device(arguments.device)
+    dtype = resolve_dtype(arguments.dtype, device)
+    batches = parse_counts(arguments.batch, "--batch")
+    if max(batches) > MAX_BATCH_SIZE:
+        raise InputError(f"--batch {arguments.batch}: the engine runs up to {MAX_BATCH_SIZE} texts at once")
+    subject, notes = subject_of(arguments, dtype)
+    for option, value in (("--context", arguments.context), ("--steps", arguments.steps)):
+        if value < 1:
+            raise InputError(f"{option} {value}: give a whole number from 1")
+    # besides the profiled steps there are a few to warm up
+    most = subject.config.max_position_embeddings - arguments.steps - 16
+    if arguments.context > most:
+        raise InputError(f"--context {arguments.context}: {subject.name} has room for {most} and the steps; give fewer")
+    record = new_record(
+        "profile",
+        settings_of(arguments) | {"model": subject.name, "device": str(device), "dtype": subject.dtype},
+        device=device,
+    )
+    record["notes"] += notes
+    if device.type == "cpu":
+        record["notes"].append("on a CPU under the profiler, which makes every operator slower: shares are rough")
+    for part in progress(_subjects(subject, with_dense=not arguments.no_dense), "profile"):
+        try:
+            _profile(record, part, device, batches, arguments)
+        except torch.OutOfMemoryError as error:
+            reason = f"out of memory: {str(error).split('. ')[0]}"
+            record["skipped"].append({"peer": _peer(part), "reason": f"{part.corner}: {reason}"})
+        gc.collect()  # runners and their graphs refer to each other
+    for line in table_lines(record):
+        print(line)
+    return record
+
+
+def _profile(
+    record: dict[str, Any], subject: Subject, device: torch.device, batches: list[int], arguments: argparse.Namespace
+) -> None:
+    """Append the rows of one model."""
+    from sparsert.bench.step_profile import profile_step
+
+    model = build_model(subject, device)
+    for batch in batches:
+        found = profile_step(model, batch, arguments.context, steps=arguments.steps)
+        if found.overlap > 1:
+            record["notes"].append(
+                f"{subject.corner}, batch {batch}: kernels overlap, their times add up to {found.overlap:.3f} of the "
+                "step and were scaled to it"
+            )
+        record["results"] += [
+            {
+                "peer": _peer(subject),
+                "corner": subject.corner,
+                "model": subject.name,
+                "dtype": subject.dtype,
+                "batch": batch,
+                "context": arguments.context,
+                "part": name,
+                "us": spent,
+                "share": spent / found.step_us,
+                "step_us": found.step_us,
+            }
+            for name, spent in found.parts_us.items()
+        ]
+
+
+def _peer(subject: Subject) -> str:
+    return "dense" if subject.corner == corner_name(False, False) else "ours"
+
+
+def _subjects(subject: Subject, *, with_dense: bool) -> list[Subject]:
+    dense = subject.at_corner(sparse=False, removed=())
+    subjects = [dense] if with_dense or subject.corner == dense.corner else []
+    return subjects if subject.corner == dense.corner else [*subjects, subject]
+
+
+def table_lines(record: dict[str, Any]) -> list[str]:
+    """The table for people: a column for each model and batch, a line for each part; below it notes."""
+    rows = record["results"]
+    columns = list(dict.fromkeys((row["corner"], row["batch"]) for row in rows))
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    by_place = {(row["corner"], row["batch"], row["part"]): row for row in rows}
+    if not rows:
+        return [f"skipped: {entry['peer']}: {entry['reason']}" for entry in record["skipped"]]
+    lines = [f"{'us of a decode step':<26}" + "".join(f"{f'{c}, batch {b}':>32}" for c, b in columns)]
+    for part in parts:
+        cells = [by_place[(*column, part)] for column in columns]
+        lines.append(f"{part:<26}" + "".join(f"{cell['us']:>24.1f}{cell['share']:>8.1%}" for cell in cells))
+    steps = [by_place[(*column, parts[0])]["step_us"] for column in columns]
+    lines.append(f"{'all':<26}" + "".join(f"{step:>24.1f}{1:>8.1%}" for step in steps))
+    lines += [f"skipped: {entry['peer']}: {entry['reason']}" for entry in record["skipped"]]
+    return lines + [f"note: {sentence}" for sentence in record["notes"]]

@@ -1,0 +1,79 @@
+"""Named architectures, and which blocks go when only their number is given."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsert.bench.architectures import ARCHITECTURES, choose_blocks, hf_config
+from sparsert.bench.shapes import linear_shapes
+from sparsert.bench.subject import Subject
+from sparsert.errors import InputError
+from sparsert.models import DecoderConfig
+from sparsert.schedule import guarded_blocks
+
+#: Parameters that the models' own cards state, embeddings included (a tied head counts once).
+PARAMETERS = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400,
+    "smollm2-135m": 134_515_008,
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_engine_can_run_them(name: str) -> None:
+    config = DecoderConfig.from_hf(hf_config(name))
+    shapes = {(s.out_features, s.in_features) for s in linear_shapes(name, "separate")}
+    assert {(s.out_features, s.in_features) for s in config.block_linears().values()} == shapes
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_they_have_the_parameters_of_the_real_models(name: str) -> None:
+    card = Subject(name, hf_config(name), "bfloat16", "dense").card()
+    assert card.parameters == PARAMETERS[name]
+    assert card.weight_bytes == 2 * PARAMETERS[name]
+
+
+def test_transformers_builds_the_same_model() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    for name in ("tiny", "smollm2-135m"):
+        config = hf_config(name) | {"num_hidden_layers": 1}
+        model = LlamaForCausalLM(LlamaConfig(**config))
+        card = Subject(name, config, "float32", "dense").card()
+        assert sum(parameter.numel() for parameter in model.parameters()) == card.parameters
+
+
+def test_rope_of_llama_3_is_stretched() -> None:
+    rope = DecoderConfig.from_hf(hf_config("llama-3.1-8b")).rope
+    assert (rope.kind, rope.theta, rope.factor, rope.original_max_position_embeddings) == ("llama3", 5e5, 8.0, 8192)
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(InputError, match=r"--arch gpt-2: known are llama-2-7b.*--model"):
+        hf_config("gpt-2")
+
+
+@pytest.mark.parametrize("count", [0, 1, 8, 26])
+def test_a_count_takes_blocks_outside_the_guard(count: int) -> None:
+    removed = choose_blocks(str(count), 32)
+    assert len(removed) == count and list(removed) == sorted(set(removed))
+    assert not set(removed) & guarded_blocks(32)
+    assert removed == tuple(range(30 - count, 30))
+
+
+def test_a_list_is_taken_as_it_is() -> None:
+    assert choose_blocks(None, 32) == ()
+    assert choose_blocks("21-25,27", 32) == (21, 22, 23, 24, 25, 27)
+    assert choose_blocks("8-8", 32) == (8,)
+    assert choose_blocks("0-1,9", 32, force=True) == (0, 1, 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("27", "at most 26 can go"), ("0-1,9", "block"), ("x", "neither a block number"), ("40-41", "has 32 blocks")],
+)
+def test_what_cannot_be_removed(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        choose_blocks(text, 32)
