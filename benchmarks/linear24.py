@@ -3,8 +3,9 @@
     python benchmarks/linear24.py --output record.json                  # Llama-2-7B and Llama-3.1-8B
     python benchmarks/linear24.py --models smollm2-135m --batches 1,8 --backends native,triton
 
-Every row is checked against float64 before it is timed (error at most twice cuBLAS's), and both sides run
-in the same process, over rotated weights, from one CUDA graph.
+The table in README was made by this script; `sparsert bench kernels` measures the same and more, and takes
+its place once it has been run on a GPU. Every row is checked against float64 before it is timed (error at most
+twice cuBLAS's), and both sides run in the same process, over rotated weights, from one CUDA graph.
 """
 
 from __future__ import annotations

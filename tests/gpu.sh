@@ -16,6 +16,6 @@ export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 
 python3 -P -m sparsert env | tee "$out/env.txt"
 # -p no:cacheprovider: nothing is written into the tree; -P: the installed package is tested, not the tree
-python3 -P -m pytest -q -p no:cacheprovider --durations=8 2>&1 | tee "$out/pytest.log"
-python3 -P -m sparsert bench kernels --shapes llama-3.1-8b,smollm2-135m --batch 1,16,64 --peers none \
-  --output "$out/kernels.json" | tee "$out/kernels.txt"
+# tests/bench: the measuring room has not met a GPU yet; run `pytest tests/bench` there by itself, then drop the option
+python3 -P -m pytest -q -p no:cacheprovider --durations=8 --ignore=tests/bench 2>&1 | tee "$out/pytest.log"
+python3 benchmarks/linear24.py --models llama-3.1-8b,smollm2-135m --batches 1,16,64 --output "$out/linear24.json" | tee "$out/linear24.txt"

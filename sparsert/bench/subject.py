@@ -175,10 +175,10 @@ def stored_sparsity(checkpoint: Checkpoint, config: DecoderConfig) -> str:
     Returns:
         One of :data:`SPARSITIES`.
     """
-    from sparsert.models.loader import count_full_groups
+    from sparsert.formats.groups import count_groups
 
     for name in config.block_linears():
         weight = checkpoint.read(f"model.layers.0.{name}.weight")
-        if weight.shape[1] % 4 or count_full_groups(weight):
+        if weight.shape[1] % 4 or count_groups(weight)[1]:
             return "dense"
     return "2:4"

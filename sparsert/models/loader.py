@@ -102,7 +102,7 @@ def load_model(
             for name, shape in config.block_linears().items():
                 full_name = f"model.layers.{original}.{name}.weight"
                 linear, linears[full_name] = _load_linear(full_name, shape, reader, masks, mask_maker, backend)
-                _place_linear(block, name, linear)
+                place_linear(block, name, linear)
                 del linear
             block.self_attn.qkv_proj.join_()
             block.mlp.gate_up_proj.join_()
@@ -276,7 +276,7 @@ def _find_mask(
     return None, f"{too_full} of {weight.numel() // 4} groups of four keep more than 2 values", False
 
 
-def _place_linear(block: DecoderBlock, name: str, linear: nn.Module) -> None:
+def place_linear(block: DecoderBlock, name: str, linear: nn.Module) -> None:
     """Put a loaded layer where the block runs it; ``name`` is e.g. ``self_attn.q_proj``."""
     part, _, leaf = name.partition(".")
     owner = getattr(block, part)

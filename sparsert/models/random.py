@@ -19,7 +19,7 @@ from sparsert import ops
 from sparsert.models.config import DecoderConfig, LinearShape
 from sparsert.models.decoder import DecoderBlock, DecoderModel
 from sparsert.models.linears import dense_linear
-from sparsert.models.loader import _place_linear
+from sparsert.models.loader import place_linear
 from sparsert.models.report import LinearRecord, LoadReport
 from sparsert.nn import SparseLinear
 from sparsert.schedule import LayerPlan
@@ -103,7 +103,7 @@ def random_model(
             for norm in (block.input_layernorm, block.post_attention_layernorm):
                 norm.weight = parameter(normal((width,), 0.1).add_(1))
             for name, shape in config.block_linears().items():
-                _place_linear(block, name, linear(f"model.layers.{original}.{name}", shape))
+                place_linear(block, name, linear(f"model.layers.{original}.{name}", shape))
             block.self_attn.qkv_proj.join_()
             block.mlp.gate_up_proj.join_()
     model.report = LoadReport(linears, ())

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsert.bench.report_figures import Bars, Figure, Plot
-from sparsert.bench.report_style import LIGHT
+from sparsert.bench.report.figures import Bars, Figure, Plot
+from sparsert.bench.report.style import LIGHT
 from sparsert.errors import InputError
 
-#: matplotlib's names of the marker shapes that report_svg draws, by slot.
+#: matplotlib's names of the marker shapes that svg.py draws, by slot.
 _MARKERS = ("s", "o", "D", "^", "v", "P", "X", "p")
 _DOTS_PER_INCH = 200
 
@@ -36,7 +36,7 @@ def write_pngs(figures: Sequence[Figure], directory: Path) -> list[Path]:
     """Draw each figure into a file named after it.
 
     Args:
-        figures: those of :class:`sparsert.bench.report_page.Page`.
+        figures: those of :class:`sparsert.bench.report.page.Page`.
         directory: where to put the files; made if it does not exist.
 
     Returns:
@@ -74,8 +74,8 @@ def _draw_plot(axes: Any, plot: Plot) -> None:
     axes.minorticks_off()
     axes.grid(axis="y", color="#dde1e7", linewidth=0.8)
     for guide in plot.guides:
-        xs, ys = zip(*guide.points, strict=True)
-        axes.plot(xs, ys, color=LIGHT[0], linestyle=(0, (5, 4)), linewidth=1.2, label=guide.name)
+        guide_x, guide_y = zip(*guide.points, strict=True)
+        axes.plot(guide_x, guide_y, color=LIGHT[0], linestyle=(0, (5, 4)), linewidth=1.2, label=guide.name)
     for series in plot.series:
         colour = LIGHT[series.slot]
         xs, ys = [point.x for point in series.points], [point.y for point in series.points]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sparsert.bench.report_figures import (
+from sparsert.bench.report.figures import (
     Axis,
     Bar,
     Bars,
@@ -24,8 +24,8 @@ from sparsert.bench.report_figures import (
     linear_axis,
     slots,
 )
-from sparsert.bench.report_numbers import digits, microseconds, milliseconds, number, percent, positive, size, times
-from sparsert.bench.report_rows import (
+from sparsert.bench.report.numbers import digits, microseconds, milliseconds, number, percent, positive, size, times
+from sparsert.bench.report.rows import (
     Row,
     batches,
     contender,

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from sparsert.bench import report_charts as charts
-from sparsert.bench import report_tables as tables
-from sparsert.bench.report_figures import Axis, Bars, Figure, Plot, Segment
-from sparsert.bench.report_headline import cards
-from sparsert.bench.report_machine import machine_block
-from sparsert.bench.report_rows import Gpu, Row, by_gpu, distinct, matching, wrong
-from sparsert.bench.report_style import stylesheet
-from sparsert.bench.report_svg import draw, swatch
+from sparsert.bench.report import charts, tables
+from sparsert.bench.report.figures import Axis, Bars, Figure, Plot, Segment
+from sparsert.bench.report.headline import cards
+from sparsert.bench.report.machine import machine_block
+from sparsert.bench.report.rows import Gpu, Row, by_gpu, distinct, matching, wrong
+from sparsert.bench.report.style import stylesheet
+from sparsert.bench.report.svg import draw, swatch
 
 #: By kind of record: what is missing without it.
 _MISSING = {

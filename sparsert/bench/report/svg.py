@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from html import escape
 
-from sparsert.bench.report_figures import Bars, Figure, Guide, Plot
+from sparsert.bench.report.figures import Bars, Figure, Guide, Plot
 
 WIDTH = 380
 HEIGHT = 270

@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 from sparsert.bench.records import read_record
-from sparsert.bench.report_page import build_page
-from sparsert.bench.report_png import require_matplotlib, write_pngs
+from sparsert.bench.report.page import build_page
+from sparsert.bench.report.png import require_matplotlib, write_pngs
 from sparsert.errors import InputError
 
 HELP = "draw records as one HTML page"

@@ -1,7 +1,7 @@
 """What a chart of the report holds, apart from how it is drawn.
 
-A figure is plain data: axes with their ticks, series of points, guides, bars. ``report_svg`` draws
-it for the page and ``report_png`` through matplotlib, so both show the same. Colours are slots,
+A figure is plain data: axes with their ticks, series of points, guides, bars. ``svg`` draws
+it for the page and ``png`` through matplotlib, so both show the same. Colours are slots,
 not colours: a contender keeps its slot (colour and marker shape) in every figure, and the
 stylesheet gives a slot one colour for light and one for dark pages.
 """
@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sparsert.bench.report_numbers import digits
+from sparsert.bench.report.numbers import digits
 
 #: Slots with a fixed meaning; everything else takes the free ones in order of appearance.
 SLOTS = {

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparsert.bench.report_numbers import is_number, number
+from sparsert.bench.report.numbers import is_number, number
 
 Row = dict[str, Any]
 

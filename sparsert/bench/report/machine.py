@@ -9,9 +9,9 @@ from collections import Counter
 from html import escape
 from typing import Any
 
-from sparsert.bench.report_numbers import DASH, data, digits, flatten, number, size
-from sparsert.bench.report_rows import Gpu, Row, contender
-from sparsert.bench.report_tables import Column, table
+from sparsert.bench.report.numbers import DASH, data, digits, flatten, number, size
+from sparsert.bench.report.rows import Gpu, Row, contender
+from sparsert.bench.report.tables import Column, table
 
 _NAMES = {
     "gpu": "GPU",

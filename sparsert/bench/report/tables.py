@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
 
-from sparsert.bench.report_numbers import (
+from sparsert.bench.report.numbers import (
     DASH,
     data,
     digits,
@@ -22,7 +22,7 @@ from sparsert.bench.report_numbers import (
     size,
     times,
 )
-from sparsert.bench.report_rows import Row, contender, distinct, full_name, in_order, lengths, matching
+from sparsert.bench.report.rows import Row, contender, distinct, full_name, in_order, lengths, matching
 
 #: A column: its heading, what it shows of a row as HTML, and whether it is text (left) or a number (right).
 Column = tuple[str, Callable[[Row], str], bool]

@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparsert.bench.report_numbers import microseconds, milliseconds, number, percent, size, times
-from sparsert.bench.report_rows import Gpu, Row, batches, contender, distinct, in_order, lengths, matching
+from sparsert.bench.report.numbers import microseconds, milliseconds, number, percent, size, times
+from sparsert.bench.report.rows import Gpu, Row, batches, contender, distinct, in_order, lengths, matching
 
 
 @dataclass(frozen=True)
