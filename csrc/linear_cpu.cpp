@@ -1,5 +1,6 @@
 #include "linear_cpu.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "layout.h"
@@ -11,6 +12,8 @@
 
 namespace sparsert {
 namespace {
+
+constexpr int64_t kWeightsAThread = 1 << 17;
 
 struct BFloat16 {
   using Bits = uint16_t;
@@ -95,7 +98,10 @@ void run(const void* values, const uint32_t* metadata, const float* x, float* y,
     for (int64_t m = 0; m < batch; ++m) std::memcpy(&padded[m * stride], x + m * columns, columns * sizeof(float));
     x = padded.data();
   }
-  parallel_for((rows + kHostRowTile - 1) / kHostRowTile, threads, [&](int, int64_t begin, int64_t end) {
+  // a thread takes some 20 us to start, in which one core multiplies about this many weights
+  const int64_t worthwhile = std::max<int64_t>(1, rows * columns * batch / kWeightsAThread);
+  const int workers = static_cast<int>(std::min<int64_t>(threads, worthwhile));
+  parallel_for((rows + kHostRowTile - 1) / kHostRowTile, workers, [&](int, int64_t begin, int64_t end) {
     for (int64_t m = 0; m < batch;) {
       const auto step = [&](auto function, int64_t count) {
         function(static_cast<const typename T::Bits*>(values), metadata, x + m * stride, y + m * rows, rows, columns,
