@@ -126,6 +126,12 @@ def test_text_of_records_is_escaped() -> None:
     assert "script" not in _read(build_page([record]).html).tags
 
 
+def test_cards_in_the_settings_read_as_sentences() -> None:
+    cards = [{"model": "tiny", "corner": "2:4", "weight_bytes": 893184}]
+    page = build_page([samples.latency(models=("llama-2-7b",), settings={"arch": "tiny", "cards": cards})]).html
+    assert "model tiny, corner 2:4, weight_bytes 893184" in page and "{'model'" not in page
+
+
 def test_empty_rows_do_not_break_it() -> None:
     record = samples.kernels(models=("llama-2-7b",))
     for row in record["results"]:

@@ -77,11 +77,14 @@ def _runs(gpu: Gpu) -> str:
 
 
 def _settings(record: Row) -> str:
-    given = flatten(record.get("settings") or {})
-    return (
-        "<br>".join(f"<code>{escape(name)}</code> {data(value)}" for name, value in given.items() if value is not None)
-        or DASH
-    )
+    lines = []
+    for name, value in flatten(record.get("settings") or {}).items():
+        entries = value if isinstance(value, list) and any(isinstance(entry, dict) for entry in value) else None
+        if entries is not None:  # such as the cards of the models: a line each
+            lines += [f"<code>{escape(name)}</code> {escape(_sentence(entry))}" for entry in entries]
+        elif value is not None:
+            lines.append(f"<code>{escape(name)}</code> {data(value)}")
+    return "<br>".join(lines) or DASH
 
 
 def _roof(record: Row, name: str, scale: float, unit: str) -> str:
