@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sparsert.bench.card import amount
+from sparsert.bench.fit_trial import QUESTIONS, prefill_rows
 from sparsert.bench.model_options import add_model_options, parse_settings, subject_of
 from sparsert.bench.options import parse_counts, progress, resolve_dtype, settings_of
 from sparsert.bench.peers import Start, start_process
@@ -32,15 +33,10 @@ examples:
   sparsert bench fit --arch llama-2-13b --remove-blocks 10 --corners --memory 24GB --lengths 128/512 --batch 1,8
 """
 
-QUESTIONS = ("largest batch", "longest output")
-
-#: Tokens that one prefill reads: texts beyond it are read in the next one, which bounds what a forward holds.
-PREFILL_TOKENS = 4096
-
 #: Rows beyond which a packed weight is unpacked for the call (``sparsert.ops.linear24``).
 _UNPACK_ROWS = 64
 
-#: Workspaces of cuBLAS and what the allocator cannot give out of its last blocks, measured as a rule of thumb.
+#: Workspaces of cuBLAS and what the allocator cannot give out of its last blocks: a rule of thumb, not measured yet.
 _RESERVE_BYTES = 128_000_000
 
 #: Cache lengths are multiples of it, as in the engine.
@@ -237,16 +233,6 @@ class _BytesNeeded:
         """Everything, with the reserve of workspaces."""
         moment = self.activations(batch, input_len) + _RESERVE_BYTES
         return self.card.weight_bytes + self.cache(batch, length) + moment
-
-
-def prefill_rows(batch: int, input_len: int) -> int:
-    """Texts that one prefill reads.
-
-    Example:
-        >>> prefill_rows(batch=100, input_len=128)
-        32
-    """
-    return max(1, min(batch, PREFILL_TOKENS // input_len))
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:

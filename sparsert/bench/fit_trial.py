@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsert.bench.fit import QUESTIONS, prefill_rows
 from sparsert.bench.subject import Subject, build_model
 from sparsert.engine.cache import DecodeAttention, KVCache, PrefillAttention
 from sparsert.errors import InputError
@@ -20,11 +19,27 @@ from sparsert.errors import InputError
 if TYPE_CHECKING:
     from sparsert.models import DecoderModel
 
+#: What can be asked of a memory.
+QUESTIONS = ("largest batch", "longest output")
+
+#: Tokens that one prefill reads: texts beyond it are read in the next one, which bounds what a forward holds.
+PREFILL_TOKENS = 4096
+
 #: How much smaller a size is after it did not fit, and how often.
 _SHRINK = 0.97
 _MOST_TRIALS = 40
 
 _LENGTH_UNIT = 16
+
+
+def prefill_rows(batch: int, input_len: int) -> int:
+    """Texts that one prefill reads.
+
+    Example:
+        >>> prefill_rows(batch=100, input_len=128)
+        32
+    """
+    return max(1, min(batch, PREFILL_TOKENS // input_len))
 
 
 def run_trial(job: dict[str, Any]) -> list[dict[str, Any]]:
