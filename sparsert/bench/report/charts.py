@@ -23,6 +23,7 @@ from sparsert.bench.report.figures import (
     doubling_axis,
     linear_axis,
     slots,
+    time_axis,
 )
 from sparsert.bench.report.numbers import digits, microseconds, milliseconds, number, percent, positive, size, times
 from sparsert.bench.report.rows import (
@@ -82,7 +83,7 @@ def step_times(rows: Sequence[Row], device: str) -> list[Plot]:
         rows,
         "tpot",
         "tpot_ms.p50",
-        lambda of_model: linear_axis("ms per token (TPOT)", _numbers(of_model, "tpot_ms.p50")),
+        lambda of_model: time_axis("ms per token (TPOT)", _numbers(of_model, "tpot_ms.p50")),
         device,
         dense_line=False,
     )
@@ -104,7 +105,7 @@ def roofline(rows: Sequence[Row], read: float, rate: float, model: Any, device: 
             f"{contender(row)}, {row.get('layer')}, batch {row.get('batch')}: {digits(intensity)} FLOP/byte, "
             f"{digits(teraflops)} TFLOP/s, {digits(gigabytes)} GB/s; {_check(row)}"
         )
-        found.setdefault(contender(row), []).append(Point(intensity, teraflops, words, row.get("correct") is True))
+        found.setdefault(contender(row), []).append(Point(intensity, teraflops, words, _counts_as_checked(row)))
     points = [point for group in found.values() for point in group]
     if not points:
         return None
@@ -114,8 +115,8 @@ def roofline(rows: Sequence[Row], read: float, rate: float, model: Any, device: 
     # the slanted roof starts where it enters the plot, at the left or at the bottom
     start = max(x.low, y.low * 1e12 / read)
     guides = (
-        Guide(f"read {digits(read / 1e12)} TB/s", ((start, start * read / 1e12), (ridge, rate / 1e12)), at=0.04),
-        Guide(f"dense {digits(rate / 1e12)} TFLOP/s", ((ridge, rate / 1e12), (x.high, rate / 1e12))),
+        Guide(f"read {digits(read / 1e12)} TB/s", ((start, start * read / 1e12), (ridge, rate / 1e12)), at=0.5),
+        Guide(f"dense {digits(rate / 1e12)} TFLOP/s", ((ridge, rate / 1e12), (x.high, rate / 1e12)), at=0.0),
     )
     colours = slots(found)
     series = tuple(
@@ -164,7 +165,7 @@ def _plane(rows: list[Row], model: Any, batch: float, read: float | None, device
     if read:
         slope = 1e9 / read * 1e3  # ms for each GB
         end = min(x.high, y.high / slope)
-        guides = (Guide("weights read once", ((0.0, 0.0), (end, end * slope)), at=0.02),)
+        guides = (Guide("weights read once", ((0.0, 0.0), (end, end * slope)), at=0.35),)
     subtitle = f"{model}, batch {batch:g}, {lengths(rows[0])}"
     return Plot(
         slug("plane", model, f"batch {batch:g}", device), "Latency and memory", subtitle, x, y, tuple(series), guides
@@ -179,15 +180,13 @@ def step_parts(rows: Sequence[Row], settings: Row, device: str) -> Bars | None:
     bars = []
     for values in distinct(rows, *keys):
         group = matching(rows, **dict(zip(keys, values, strict=True)))
-        pieces = []
-        total = sum(number(row, "us") or 0.0 for row in group)
-        for row in group:
-            spent = number(row, "us")
-            if spent:
-                share = number(row, "share")
-                text = percent(spent / total if share is None else share)
-                name = str(row.get("part"))
-                pieces.append(Segment(name, colours.get(name, 7), spent, text))
+        spent = [(str(row.get("part")), number(row, "us") or 0.0, number(row, "share")) for row in group]
+        total = sum(us for _, us, _ in spent)
+        pieces = [
+            Segment(name, colours.get(name, 7), us, percent(us / total if share is None else share))
+            for name, us, share in spent
+            if us > 0
+        ]
         if pieces:
             bars.append(Bar(step_name(group[0], settings), microseconds(total), tuple(pieces)))
     if not bars:
@@ -205,27 +204,34 @@ def step_name(row: Row, settings: Row) -> str:
     return ", ".join(word for word in words if word)
 
 
-def memory_fit(rows: Sequence[Row], device: str) -> Bars | None:
-    """Predicted and measured memory of what was made to fit, the limit as a line."""
-    bars = []
-    for row in rows:
-        pieces = [
-            Segment(name, slot, value, size(value))
-            for name, slot, value in (
-                ("predicted", 0, number(row, "predicted_bytes")),
-                ("measured", 1, number(row, "measured_bytes")),
+def largest_that_fit(rows: Sequence[Row], device: str) -> list[Bars]:
+    """For each question and memory a figure: how much fits, a bar for each corner, hollow where only predicted."""
+    figures = []
+    for model, question, memory in distinct(rows, "model", "question", "memory_bytes"):
+        asked = matching(rows, model=model, question=question, memory_bytes=memory)
+        longest = question == "longest output"
+        wanted = "output_len" if longest else "batch"
+        keys = ("input_len", "batch" if longest else "output_len")
+        groups = []
+        for values in distinct(asked, *keys):
+            group = matching(asked, **dict(zip(keys, values, strict=True)))
+            colours = slots(str(row.get("corner")) for row in group)
+            pieces = tuple(
+                Segment(name, colours[name], value, f"{value:,.0f}", checked=row.get("confirmed") is not False)
+                for row in group
+                for name, value in [(str(row.get("corner")), number(row, wanted))]
+                if value is not None
             )
-            if value is not None
-        ]
-        limit = number(row, "memory_bytes")
-        if pieces:
-            facts = [str(row["model"])] if row.get("model") else []
-            facts += [str(row.get("corner") or "")] if row.get("corner") else []
-            facts += [f"{name} {row[name]}" for name in ("batch", "length") if row.get(name) is not None]
-            bars.append(Bar(", ".join(facts), "" if limit is None else f"of {size(limit)}", tuple(pieces), limit))
-    if not bars:
-        return None
-    return Bars(slug("fit", device), "What fits", "predicted and measured bytes", tuple(bars), stacked=False)
+            if pieces:
+                name = (
+                    f"batch {group[0].get('batch')}, {group[0].get('input_len')} in" if longest else lengths(group[0])
+                )
+                groups.append(Bar(name, "", pieces))
+        if groups:
+            title = f"{str(question or 'largest batch').capitalize()}, {'tokens' if longest else 'texts'}"
+            subtitle = ", ".join(str(part) for part in (model, f"in {size(memory)}" if memory else None) if part)
+            figures.append(Bars(slug("fit", question, model, device), title, subtitle, tuple(groups), stacked=False))
+    return figures
 
 
 def _by_model(rows: Sequence[Row], name: str, key: str, axis_of: Any, device: str, *, dense_line: bool) -> list[Plot]:
@@ -272,7 +278,7 @@ def _by_batch(rows: Sequence[Row], key: str, words: Any) -> tuple[Series, ...]:
 
 def _dense_line(found: Sequence[float]) -> Guide:
     axis = doubling_axis("batch", found)
-    return Guide("dense", ((axis.low, 1.0), (axis.high, 1.0)), at=0.0)
+    return Guide("dense", ((axis.low, 1.0), (axis.high, 1.0)))
 
 
 def _layer_point(row: Row) -> str:

@@ -84,11 +84,15 @@ class Series:
 
 @dataclass(frozen=True)
 class Guide:
-    """A reference line such as a roof, with its name written along it at ``at`` (share of its x range)."""
+    """A straight reference line such as a roof.
+
+    Its name stands left of the line at the share ``at`` of its length, or with the names of the series at
+    the right edge where that is None.
+    """
 
     name: str
-    points: tuple[tuple[float, float], ...]
-    at: float = 1.0
+    points: tuple[tuple[float, float], tuple[float, float]]
+    at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -112,22 +116,22 @@ class Plot:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a bar: its name, slot, length in the unit of the bars, and its text."""
+    """A piece of a bar: its name, slot, length in the unit of the bars, and its text; hollow if not checked."""
 
     name: str
     slot: int
     value: float
     text: str
+    checked: bool = True
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One horizontal bar; ``limit`` draws a line across it, such as the memory that may be used."""
+    """One horizontal bar, or one group of them below each other."""
 
     name: str
     total: str
     segments: tuple[Segment, ...]
-    limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -142,17 +146,18 @@ class Bars:
 
     @property
     def high(self) -> float:
-        """The longest bar or farthest limit."""
-        lengths = [bar.limit or 0.0 for bar in self.bars]
-        for bar in self.bars:
-            values = [segment.value for segment in bar.segments]
-            lengths.append(sum(values) if self.stacked else max(values, default=0.0))
-        return max(lengths, default=0.0) or 1.0
+        """The length of the longest bar."""
+        lengths = [[segment.value for segment in bar.segments] for bar in self.bars]
+        return max((sum(group) if self.stacked else max(group, default=0.0) for group in lengths), default=0.0) or 1.0
 
     @property
     def summary(self) -> str:
         """The bars in one sentence, for those who do not see them."""
-        return f"{self.title}, {self.subtitle}: {'; '.join(f'{bar.name} {bar.total}' for bar in self.bars)}."
+        said = "; ".join(
+            f"{bar.name} {bar.total}".strip() + ": " + ", ".join(f"{piece.name} {piece.text}" for piece in bar.segments)
+            for bar in self.bars
+        )
+        return f"{self.title}, {self.subtitle}: {said}."
 
 
 Figure = Plot | Bars
@@ -175,6 +180,16 @@ def linear_axis(label: str, values: Iterable[float], *, steps: int = 5, from_zer
         last += 1
     ticks = tuple((index * step, f"{index * step:,.10g}") for index in range(first, last + 1))
     return Axis(label, first * step, last * step, ticks)
+
+
+def time_axis(label: str, values: Iterable[float]) -> Axis:
+    """From zero, or logarithmic where the longest is more than four times the shortest.
+
+    >>> time_axis("ms", [2.0, 3.0]).log, time_axis("ms", [3.0, 36.0]).log
+    (False, True)
+    """
+    found = [value for value in values if value > 0] or [1.0]
+    return decade_axis(label, found) if max(found) > 4 * min(found) else linear_axis(label, found)
 
 
 def doubling_axis(label: str, values: Iterable[float]) -> Axis:

@@ -1,8 +1,9 @@
 """The cards at the top of a report: what a reader takes away, from checked results only.
 
 A card never picks the best case: layers are summed up by their geometric mean at the smallest
-batch with the range beside it, models are shown at the first lengths and the smallest batch of the
-record. A result that was wrong turns its card into a warning; one that was not compared gives none.
+batch with the range and the largest layer beside it, models are shown at the first lengths and the
+smallest batch of the record. A result that was wrong turns its card into a warning; one that was
+not compared gives none.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Card:
 
     about: str
     figure: str
-    words: str
+    words: tuple[str, ...]
     good: bool | None = None
 
 
@@ -42,7 +43,7 @@ def _layers(rows: Sequence[Row]) -> list[Card]:
     at_smallest = matching(ours, batch=found[0])
     failed = sum(row.get("correct") is False for row in ours)
     if failed:
-        return [Card("Linear layers", f"{failed} wrong", f"of {len(ours)} results; see the tables below", False)]
+        return [Card("Linear layers", f"{failed} wrong", (f"of {len(ours)} results; see the tables below",), False)]
     if any(row.get("correct") is not True for row in at_smallest):
         return []
     out = []
@@ -51,22 +52,22 @@ def _layers(rows: Sequence[Row]) -> list[Card]:
     if known:
         mean = math.exp(sum(math.log(gain) for gain, _ in known) / len(known))
         low, high = min(gain for gain, _ in known), max(gain for gain, _ in known)
-        gain, best = max(known, key=lambda pair: pair[0])
-        words = f"geometric mean of {len(known)} layers, {times(low)} to {times(high)}"
-        ours_us = number(best, "time_us.median")
+        gain, largest = max(
+            known, key=lambda pair: (number(pair[1], "out_features") or 0) * (number(pair[1], "in_features") or 0)
+        )
+        words = [f"geometric mean of {len(known)} layers, {times(low)} to {times(high)}"]
+        ours_us = number(largest, "time_us.median")
         if ours_us is not None:
-            words += (
-                f"; {best.get('out_features')} × {best.get('in_features')}: {microseconds(ours_us)} "
-                f"against {microseconds(ours_us * gain)} dense"
-            )
-        out.append(Card(f"Linear layers over dense, batch {found[0]:g}", times(mean), words, True))
+            shape = f"{largest.get('out_features')} × {largest.get('in_features')}"
+            words.append(f"{shape}: {microseconds(ours_us)}, dense {microseconds(ours_us * gain)}")
+        out.append(Card(f"Linear layers over dense, batch {found[0]:g}", times(mean), tuple(words), True))
     even = _break_even(ours, found)
     if even is not None:
-        out.append(Card("Every layer as fast as dense", f"batch ≤ {even:g}", _losses(ours, found, even), True))
+        out.append(Card("Largest batch at which no layer is slower", f"{even:g}", (_losses(ours, found, even),), True))
     shares = [share for row in at_smallest if (share := number(row, "share_of_read")) is not None]
     if shares:
-        words = f"median of the layers at batch {found[0]:g}, {percent(min(shares))} to {percent(max(shares))}"
-        out.append(Card("Of the measured read bandwidth", percent(sorted(shares)[len(shares) // 2]), words, True))
+        median = f"median of the layers at batch {found[0]:g}, {percent(min(shares))} to {percent(max(shares))}"
+        out.append(Card("Of the measured read bandwidth", percent(sorted(shares)[len(shares) // 2]), (median,), True))
     return out
 
 
@@ -106,39 +107,37 @@ def _models(rows: Sequence[Row]) -> list[Card]:
             row = matching(ours, corner=name)[0]
             about = f"{model}, {name}"
             if row.get("correct") is False:
-                out.append(Card(about, "wrong", "its result differs from the reference; see the table below", False))
+                out.append(Card(about, "wrong", ("its result differs from the reference; see the table below",), False))
             elif row.get("correct") is True and (gain := number(row, "speedup_vs_dense")) is not None:
                 out.append(Card(about, times(gain), _model_words(row, baseline, group), True))
     return out
 
 
-def _model_words(row: Row, baseline: Row | None, group: Sequence[Row]) -> str:
-    tpot, dense = number(row, "tpot_ms.p50"), number(baseline or {}, "tpot_ms.p50")
-    words = [f"batch {row.get('batch')}, {lengths(row)}" if lengths(row) else f"batch {row.get('batch')}"]
-    if tpot is not None:
-        words.append(
-            f"{milliseconds(tpot)} per token" + (f" against {milliseconds(dense)} dense" if dense is not None else "")
-        )
-    weights, dense_weights = number(row, "weight_bytes"), number(baseline or {}, "weight_bytes")
-    if weights is not None and dense_weights is not None:
-        words.append(f"weights {size(weights)} instead of {size(dense_weights)}")
+def _model_words(row: Row, baseline: Row | None, group: Sequence[Row]) -> tuple[str, ...]:
+    """Where it was measured, time per token, weights, and the fastest peer of the same run."""
+    words = [", ".join(filter(None, (f"batch {row.get('batch')}", lengths(row))))]
+    for key, name, write in (("tpot_ms.p50", " a token", milliseconds), ("weight_bytes", " of weights", size)):
+        own, dense = number(row, key), number(baseline or {}, key)
+        if own is not None:
+            words.append(write(own) + name + (f", dense {write(dense)}" if dense is not None else ""))
     peers = [
-        f"{contender(peer)} {milliseconds(spent)}"
+        (spent, contender(peer))
         for peer in group
-        if peer.get("peer") not in ("ours", "dense") and (spent := number(peer, "tpot_ms.p50")) is not None
+        if peer.get("peer") not in ("ours", "dense")
+        and peer.get("correct") is not False
+        and (spent := number(peer, "tpot_ms.p50")) is not None
     ]
     if peers:
-        words.append("same run: " + ", ".join(peers))
-    return "; ".join(words)
+        spent, name = min(peers)
+        words.append(f"fastest peer: {name}, {milliseconds(spent)} a token")
+    return tuple(words)
 
 
 def _check(rows: Sequence[Row]) -> list[Card]:
     if not rows:
         return []
-    slower = sum(bool(row.get("slower")) for row in rows)
-    failed = sum(row.get("correct") is False for row in rows)
+    about, of_all = "Against the committed records", (f"of {len(rows)} ratios to dense",)
+    failed, slower = sum(row.get("correct") is False for row in rows), sum(bool(row.get("slower")) for row in rows)
     if failed:
-        return [Card("Against the committed record", f"{failed} wrong", f"of {len(rows)} results", False)]
-    if slower:
-        return [Card("Against the committed record", f"{slower} slower", f"of {len(rows)} ratios", False)]
-    return [Card("Against the committed record", "none slower", f"of {len(rows)} ratios", True)]
+        return [Card(about, f"{failed} wrong", of_all, False)]
+    return [Card(about, f"{slower} slower" if slower else "none slower", of_all, not slower)]

@@ -8,8 +8,9 @@ record was not given is left out, and a sentence at the end says how to get it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -45,6 +46,10 @@ class _Writer:
         self.figures: list[Figure] = []
 
     def figure(self, figure: Figure) -> str:
+        taken = {known.slug for known in self.figures}
+        if figure.slug in taken:  # e.g. two profiles of one model; a slug is an anchor and a file name
+            free = next(count for count in itertools.count(2) if f"{figure.slug}-{count}" not in taken)
+            figure = replace(figure, slug=f"{figure.slug}-{free}")
         self.figures.append(figure)
         legend = _legend(figure)
         return (
@@ -52,8 +57,8 @@ class _Writer:
             f"</figcaption>{legend}{draw(figure)}</figure>"
         )
 
-    def grid(self, figures: Sequence[Figure]) -> str:
-        return f'<div class="charts">{"".join(map(self.figure, figures))}</div>' if figures else ""
+    def grid(self, figures: Sequence[Figure], css: str = "charts") -> str:
+        return f'<div class="{css}">{"".join(map(self.figure, figures))}</div>' if figures else ""
 
     def beside(self, figure: Figure | None, table: str, missing: str) -> str:
         if figure is None:
@@ -110,10 +115,13 @@ _LINEARS = (
 _MODELS = (
     "Decode of whole models. Speed-up and time per output token (TPOT, median) by batch; then the four corners dense, "
     "2:4, blocks removed, and both: from the marker, which stands at the weights, a whisker runs to the peak memory. "
-    "Nothing can be below the dashed line, the time to read the weights once at the measured bandwidth."
+    "No marker can be below the dashed line, the time to read the weights once at the measured bandwidth."
 )
 _STEP = "Where the time of one decode step goes; bars of one chart share their scale."
-_FIT = "Memory predicted from bytes and measured by running; the upright line is the memory that was allowed."
+_FIT = (
+    "The largest batch and the longest output that fit into a given memory. Filled bars were run within that memory, "
+    "hollow ones are predicted from bytes."
+)
 _CHECK = "Each ratio to dense of the same run, as committed and as measured now."
 _FOOTER = (
     "Speed-ups are ratios to dense of the same run on the same machine; absolute times move from machine to machine. "
@@ -146,9 +154,10 @@ def _headlines(gpus: Sequence[Gpu]) -> str:
         for card in cards(gpu):
             mark = {True: '<span class="ok">✓ checked</span>', False: '<span class="no">✗ look here</span>'}
             note = mark[card.good] if card.good is not None else ""
+            words = "".join(f"<small>{escape(line)}</small>" for line in card.words)
             found.append(
-                f'<div class="card"><span>{escape(card.about)}</span><b>{escape(card.figure)}</b>'
-                f"<small>{escape(card.words)}</small><small>{note}</small></div>"
+                f'<div class="card"><span>{escape(card.about)}</span><b>{escape(card.figure)}</b>{words}'
+                f"<small>{note}</small></div>"
             )
         return f'<div class="cards">{"".join(found)}</div>' if found else ""
 
@@ -166,12 +175,12 @@ def _linears(writer: _Writer, gpus: Sequence[Gpu]) -> Callable[[Gpu], str]:
         for (model,) in distinct(rows, "model"):
             of_model = matching(rows, model=model)
             plot = charts.roofline(of_model, read, rate, model, gpu.name) if read and rate else None
-            missing = "No roofline: the record holds no " + (
-                "measured roofs." if not (read and rate) else "GB/s and TFLOP/s."
-            )
+            lacking = [name for name, roof in (("the read bandwidth", read), ("the dense rate", rate)) if not roof]
+            missing = f"No roofline: the record lacks {' and '.join(lacking) or 'GB/s and TFLOP/s of its layers'}."
             out.append(f"<h4>{escape(str(model))}</h4>")
             out.append(writer.grid(charts.layer_speedups(of_model, axis, gpu.name)))
-            out.append(writer.beside(plot, tables.kernel_table(of_model, model), missing))
+            out.append(writer.beside(plot, tables.batch_table(of_model, model), missing))
+            out.append(tables.kernel_table(of_model, model))
         out.append(tables.every_number(rows, "the linear layers"))
         return "".join(out)
 
@@ -190,12 +199,13 @@ def _models(writer: _Writer, gpus: Sequence[Gpu]) -> Callable[[Gpu], str]:
             of_model = matching(latency, model=model)
             out.append(f"<h4>{escape(str(model))}</h4>")
             if of_model:
-                out.append(writer.grid(_model_figures(of_model, axis, read, gpu.name)))
+                out.append(writer.grid(_model_figures(of_model, axis, read, gpu.name), "charts two"))
                 out.append(tables.model_table(of_model, f"{model}: latency, median of the runs"))
             of_model = matching(throughput, model=model)
             if of_model:
                 out.append(writer.grid(charts.model_speedups(of_model, axis, f"throughput {gpu.name}")))
                 out.append(tables.model_table(of_model, f"{model}: throughput"))
+            out.append(tables.checks([*matching(latency, model=model), *of_model]))
         out += [
             tables.every_number(rows, name) for rows, name in ((latency, "latency"), (throughput, "throughput")) if rows
         ]
@@ -229,11 +239,8 @@ def _step(writer: _Writer) -> Callable[[Gpu], str]:
 def _fit(writer: _Writer) -> Callable[[Gpu], str]:
     def body(gpu: Gpu) -> str:
         rows = gpu.rows("fit")
-        bars = charts.memory_fit(rows, gpu.name)
-        table = tables.fit_table(rows)
-        return writer.beside(bars, table, "No chart: the record holds no bytes.") + tables.every_number(
-            rows, "what fits"
-        )
+        figures = charts.largest_that_fit(rows, gpu.name)
+        return writer.grid(figures) + tables.fit_table(rows) + tables.every_number(rows, "what fits")
 
     return body
 

@@ -52,7 +52,7 @@ def write_pngs(figures: Sequence[Figure], directory: Path) -> list[Path]:
         directory.mkdir(parents=True, exist_ok=True)
         written = []
         for figure in figures:
-            canvas = Canvas(figsize=(6, 4.2), layout="constrained")
+            canvas = Canvas(figsize=(7, 4.2), layout="constrained")
             axes = canvas.subplots()
             _draw_bars(axes, figure) if isinstance(figure, Bars) else _draw_plot(axes, figure)
             axes.set_title(f"{figure.title}\n{figure.subtitle}", loc="left", fontsize=11)
@@ -74,8 +74,8 @@ def _draw_plot(axes: Any, plot: Plot) -> None:
     axes.minorticks_off()
     axes.grid(axis="y", color="#dde1e7", linewidth=0.8)
     for guide in plot.guides:
-        guide_x, guide_y = zip(*guide.points, strict=True)
-        axes.plot(guide_x, guide_y, color=LIGHT[0], linestyle=(0, (5, 4)), linewidth=1.2, label=guide.name)
+        (x0, y0), (x1, y1) = guide.points
+        axes.plot([x0, x1], [y0, y1], color=LIGHT[0], linestyle=(0, (5, 4)), linewidth=1.2, label=guide.name)
     for series in plot.series:
         colour = LIGHT[series.slot]
         xs, ys = [point.x for point in series.points], [point.y for point in series.points]
@@ -97,7 +97,7 @@ def _draw_plot(axes: Any, plot: Plot) -> None:
                     zorder=3,
                     label=series.name if checked else f"{series.name}, not checked",
                 )
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _draw_bars(axes: Any, bars: Bars) -> None:
@@ -108,8 +108,15 @@ def _draw_bars(axes: Any, bars: Bars) -> None:
         for segment in bar.segments:
             label = None if segment.name in known else segment.name
             known.add(segment.name)
+            colour = LIGHT[segment.slot]
             axes.barh(
-                place, segment.value, left=left, color=LIGHT[segment.slot], edgecolor="white", label=label, height=0.7
+                place,
+                segment.value,
+                left=left,
+                color=colour if segment.checked else "white",
+                edgecolor="white" if segment.checked else colour,
+                label=label,
+                height=0.7,
             )
             if bars.stacked:
                 left += segment.value
@@ -117,8 +124,6 @@ def _draw_bars(axes: Any, bars: Bars) -> None:
                 axes.text(segment.value, place, f" {segment.text}", va="center", fontsize=8)
                 place += 1
         last = first if bars.stacked else place - 1
-        if bar.limit is not None:
-            axes.plot([bar.limit] * 2, [first - 0.5, last + 0.5], color="black", linewidth=1.6)
         places.append((first + last) / 2)
         names.append(f"{bar.name}\n{bar.total}")
         place = last + 1.5

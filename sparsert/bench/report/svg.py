@@ -8,9 +8,10 @@ shape of a marker says the same as its colour, and a hollow marker was not check
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 
-from sparsert.bench.report.figures import Bars, Figure, Guide, Plot
+from sparsert.bench.report.figures import Bars, Figure, Plot, Segment
 
 WIDTH = 380
 HEIGHT = 270
@@ -64,8 +65,9 @@ def _marker(slot: int, x: float, y: float, r: float) -> str:
 
 
 def _plot(plot: Plot) -> str:
-    names = [series.name for series in plot.series if series.named]
-    right = RIGHT + max((8 + len(name) * CHARACTER for name in names), default=0)
+    at_edge = [series.name for series in plot.series if series.named and series.joined]
+    at_edge += [guide.name for guide in plot.guides if guide.at is None]
+    right = RIGHT + max((8 + len(name) * CHARACTER for name in at_edge), default=0)
     width, height = WIDTH - LEFT - right, HEIGHT - TOP - BOTTOM
 
     def x_of(value: float) -> float:
@@ -85,7 +87,11 @@ def _plot(plot: Plot) -> str:
     out.append(_text(4, 13, plot.y.label, "start", "name"))
     out.append(_text(LEFT + width, HEIGHT - 5, plot.x.label, "end", "name"))
     for guide in plot.guides:
-        out += _guide([(x_of(x), y_of(y)) for x, y in guide.points], guide, LEFT + width)
+        (x0, y0), (x1, y1) = ((x_of(x), y_of(y)) for x, y in guide.points)
+        out.append(f'<path class="guide" d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}"/>')
+        if guide.at is not None:
+            x, y = x0 + (x1 - x0) * guide.at, y0 + (y1 - y0) * guide.at
+            out.append(_text(x - 9, y + 3, guide.name, "end", "note"))
     for series in plot.series:
         if series.joined and len(series.points) > 1:
             path = "L".join(f"{x_of(point.x):.1f} {y_of(point.y):.1f}" for point in series.points)
@@ -99,29 +105,31 @@ def _plot(plot: Plot) -> str:
             css = f"mark s{series.slot}" + ("" if point.checked else " open")
             shape = _marker(series.slot, x, y, 3.6 if series.named else 3)
             out.append(f'<g class="{css}"><title>{escape(point.text)}</title>{shape}</g>')
-    ends = [
-        (series, x_of(series.points[-1].tail or series.points[-1].x), y_of(series.points[-1].y))
-        for series in plot.series
-        if series.named and series.points
-    ]
-    for (series, x, y), label_y in zip(ends, _spread([y for _, _, y in ends], TOP, TOP + height), strict=True):
-        label_x = LEFT + width + 10 if series.joined else x + 8
-        if series.joined and (abs(label_y - y) > 3 or x < LEFT + width - 3):
-            out.append(
-                f'<path class="leader s{series.slot}" d="M{x + 5:.1f} {y:.1f}L{label_x - 2:.1f} {label_y:.1f}"/>'
-            )
-        out.append(_text(label_x, label_y + 4, series.name, "start", f"end s{series.slot}"))
-    return "".join(out) + "</svg>"
+    return "".join(out + _names(plot, x_of, y_of, LEFT + width, TOP + height)) + "</svg>"
 
 
-def _guide(points: list[tuple[float, float]], guide: Guide, edge: float) -> list[str]:
-    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    out = [f'<path class="guide" d="M{path}"/>']
-    if guide.name:
-        (x0, y0), (x1, y1) = points[0], points[-1]
-        x, y = x0 + (x1 - x0) * guide.at, y0 + (y1 - y0) * guide.at
-        anchor = "end" if x + len(guide.name) * CHARACTER > edge else "start"
-        out.append(_text(x, y - 5, guide.name, anchor, "note"))
+def _names(
+    plot: Plot, x_of: Callable[[float], float], y_of: Callable[[float], float], edge: float, bottom: float
+) -> list[str]:
+    """Names at the ends of lines, moved apart in the right margin; beside the point for points alone."""
+    out = []
+    ends: list[tuple[str, str, float, float]] = []
+    for series in plot.series:
+        if not (series.named and series.points):
+            continue
+        last = series.points[-1]
+        x, y, css = x_of(last.x), y_of(last.y), f"s{series.slot}"
+        if series.joined:
+            ends.append((series.name, css, x, y))
+        elif x - 10 - len(series.name) * CHARACTER > LEFT:
+            out.append(_text(x - 9, y + 4, series.name, "end", f"end {css}"))
+        else:
+            out.append(_text(x_of(last.tail or last.x) + 9, y + 4, series.name, "start", f"end {css}"))
+    ends += [(guide.name, "s0", edge, y_of(guide.points[-1][1])) for guide in plot.guides if guide.at is None]
+    for (name, css, x, y), label_y in zip(ends, _spread([y for *_, y in ends], TOP, bottom), strict=True):
+        if abs(label_y - y) > 3 or x < edge - 3:
+            out.append(f'<path class="leader {css}" d="M{x + 5:.1f} {y:.1f}L{edge + 8:.1f} {label_y:.1f}"/>')
+        out.append(_text(edge + 10, label_y + 4, name, "start", f"end {css}"))
     return out
 
 
@@ -152,26 +160,25 @@ def _bars(bars: Bars) -> str:
             length = segment.value * unit
             title = f"<title>{escape(f'{bar.name}: {segment.name}, {segment.text}')}</title>"
             shown = max(length - (1.5 if bars.stacked else 0), 0.5)
+            css = f"piece s{segment.slot}" + ("" if segment.checked else " open")
             out.append(
-                f'<g class="piece s{segment.slot}">{title}<rect x="{x:.1f}" y="{piece_y:.1f}" '
+                f'<g class="{css}">{title}<rect x="{x:.1f}" y="{piece_y:.1f}" '
                 f'width="{shown:.1f}" height="{24 if bars.stacked else 18}" rx="2"/></g>'
             )
-            out += _piece_text(segment.name, segment.text, x, piece_y, length, segment.slot, stacked=bars.stacked)
+            out += _piece_text(segment, x, piece_y, length, stacked=bars.stacked)
             if bars.stacked:
                 x += length
             else:
                 piece_y += row
-        if bar.limit is not None:
-            out.append(f'<path class="limit" d="M{2 + bar.limit * unit:.1f} {y + 18:.1f}v{height - 20:.1f}"/>')
         y += height
     return "".join(out) + "</svg>"
 
 
-def _piece_text(name: str, text: str, x: float, y: float, length: float, slot: int, *, stacked: bool) -> list[str]:
+def _piece_text(piece: Segment, x: float, y: float, length: float, *, stacked: bool) -> list[str]:
     """The longest label that fits into a piece of a bar; beside it where bars stand alone."""
-    for label in (f"{name} {text}", name, text):
-        if len(label) * CHARACTER + 8 <= length:
-            return [_text(x + 5, y + (16 if stacked else 13), label, "start", "inside")]
-    if stacked:
-        return []
-    return [_text(x + length + 5, y + 13, f"{name} {text}", "start", f"end s{slot}")]
+    css = "inside" if piece.checked else f"end s{piece.slot}"
+    full = f"{piece.name} {piece.text}"
+    for label in (full, piece.name, piece.text) if stacked else (full,):
+        if len(label) * CHARACTER + 10 <= length:
+            return [_text(x + 5, y + (16 if stacked else 13), label, "start", css)]
+    return [] if stacked else [_text(x + length + 5, y + 13, full, "start", f"end s{piece.slot}")]

@@ -6,6 +6,7 @@ row, so that nothing of a record is lost on the way to the page.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
@@ -19,6 +20,7 @@ from sparsert.bench.report.numbers import (
     lookup,
     number,
     percent,
+    positive,
     size,
     times,
 )
@@ -58,7 +60,7 @@ def every_number(rows: Sequence[Row], what: str) -> str:
 def kernel_table(rows: Sequence[Row], model: Any) -> str:
     """One line for each layer and batch: time of dense, then time, speed-up and check of each contender."""
     of_model = matching(rows, model=model)
-    names = in_order(contender(row) for row in of_model)
+    names = in_order(contender(row) for row in of_model if row.get("time_us") or row.get("correct") is False)
     columns: list[Column] = [
         ("layer", lambda group: data(group["layer"]), True),
         ("out × in", lambda group: f"{data(group['out_features'])} × {data(group['in_features'])}", True),
@@ -80,6 +82,24 @@ def kernel_table(rows: Sequence[Row], model: Any) -> str:
     )
 
 
+def batch_table(rows: Sequence[Row], model: Any) -> str:
+    """One line for each batch: the geometric mean of the layers' speed-ups, their range, and how many were right."""
+    timed = [row for row in rows if number(row, "speedup") and row.get("correct") is not False]
+    names = in_order(contender(row) for row in timed)
+    columns: list[Column] = [("batch", lambda line: data(line["batch"]), False)]
+    for name in names:
+        columns += [(name, _of(name, _mean_speedup), False), ("correct", _of(name, _right), True)]
+    lines = [
+        {"batch": batch, "by": {name: matching(group, contender=name) for name in {contender(row) for row in group}}}
+        for (batch,) in distinct(timed, "batch")
+        for group in [matching(rows, batch=batch)]
+    ]
+    caption = (
+        f"{model}: speed-up over dense, geometric mean of the layers (least–most), and how many were checked and right"
+    )
+    return table(caption, columns, lines) if names else ""
+
+
 def model_table(rows: Sequence[Row], caption: str) -> str:
     """One line for each contender, lengths and batch: latencies, rates, memory, speed-up and check."""
     columns: list[Column] = [
@@ -89,10 +109,11 @@ def model_table(rows: Sequence[Row], caption: str) -> str:
         ("TTFT ms", _digits("ttft_ms.p50"), False),
         ("TPOT ms", _digits("tpot_ms.p50"), False),
         ("p95", _digits("tpot_ms.p95"), False),
+        ("ITL p99", _digits("itl_ms.p99"), False),
         ("output tok/s", _digits("output_tok_per_s", 4), False),
+        ("of read", lambda row: share_cell(row, "share_of_read"), False),
         ("speed-up", lambda row: ratio_cell(row, "speedup_vs_dense"), False),
         ("correct", correct_cell, True),
-        ("of read", lambda row: share_cell(row, "share_of_read"), False),
         ("weights", _size("weight_bytes"), False),
         ("peak memory", _size("peak_bytes"), False),
         ("KV a token", _size("kv_bytes_per_token"), False),
@@ -118,15 +139,18 @@ def profile_table(rows: Sequence[Row], name_of: Callable[[Row], str]) -> str:
 
 def fit_table(rows: Sequence[Row]) -> str:
     """What fits into a memory: predicted from bytes, and what running it took."""
-    facts = [name for name in ("model", "corner", "batch", "length") if any(name in row for row in rows)]
-    columns: list[Column] = [(name, _value_of(name), name in ("model", "corner")) for name in facts]
+    text = ("corner", "model", "question")
+    facts = [name for name in (*text, "batch", "input_len", "output_len") if any(name in row for row in rows)]
+    columns: list[Column] = [(name.replace("_len", ""), _value_of(name), name in text) for name in facts]
     columns += [
-        ("memory", _size("memory_bytes"), False),
+        ("weights", _size("weight_bytes"), False),
+        ("cache", _size("cache_bytes"), False),
         ("predicted", _size("predicted_bytes"), False),
         ("measured", _size("measured_bytes"), False),
-        ("fits", lambda row: data(row.get("fits")), True),
+        ("of memory", _size("memory_bytes"), False),
+        ("verdict", _fit_verdict, True),
     ]
-    return table("largest that fits into the memory given", columns, rows)
+    return table("the largest that fits: bytes predicted, and measured by running it", columns, rows)
 
 
 def check_table(rows: Sequence[Row]) -> str:
@@ -138,25 +162,26 @@ def check_table(rows: Sequence[Row]) -> str:
         ("change", _change, False),
         ("slower", lambda row: _verdict(not row.get("slower"), "no", "yes"), True),
         ("correct", correct_cell, True),
+        ("committed in", lambda row: data(row.get("source")), True),
     ]
     return table("ratios to dense of the same run, as recorded and now", columns, rows)
 
 
 def correct_cell(row: Row) -> str:
-    """Whether the result was compared and right, with its error beside that of dense where known."""
+    """Whether the result was compared and right, with its error beside torch's where known."""
     correct, reason = row.get("correct"), row.get("reason")
     if correct is None:
-        return escape(
-            f"not checked: {reason}" if reason else "baseline" if contender(row) == "dense" else "not checked"
-        )
-    error, dense_error = number(row, "error"), number(row, "dense_error")
+        return escape(f"not checked: {reason}" if reason else "not checked")
     cell = _verdict(bool(correct), "correct", "wrong")
-    if error is not None:
-        beside = "" if dense_error is None else f", dense {data(row['dense_error'], digits(dense_error, 2))}"
-        cell += f" <small>error {data(row['error'], digits(error, 2))}{beside}</small>"
-    elif row.get("check") or reason:
-        cell += f" <small>{escape(str(row.get('check') or reason))}</small>"
-    return cell
+    error = number(row, "error")
+    if error is None:
+        return f"{cell} <small>{escape(str(reason))}</small>" if reason else cell
+    beside = "".join(
+        f", {whose} {data(row[key], digits(other, 2))}"
+        for key, whose in (("dense_error", "dense"), ("torch_error", "torch"))
+        if (other := number(row, key)) is not None
+    )
+    return f"{cell} <small>error {data(row['error'], digits(error, 2))}{beside}</small>"
 
 
 def ratio_cell(row: Row, key: str) -> str:
@@ -177,6 +202,38 @@ def share_cell(row: Row, key: str) -> str:
     """A share of one as percent."""
     value = number(row, key)
     return DASH if value is None else data(row[key], percent(value))
+
+
+def checks(rows: Iterable[Row]) -> str:
+    """How results were checked, each way once with those it applies to."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("check"):
+            found.setdefault(str(row["check"]), []).append(full_name(row))
+    items = "".join(
+        f"<li>{escape('; '.join(dict.fromkeys(names)))}: {escape(check)}</li>" for check, names in found.items()
+    )
+    return f'<p class="soft">How the results were checked:</p><ul class="plain soft">{items}</ul>' if items else ""
+
+
+def _fit_verdict(row: Row) -> str:
+    if row.get("fits") is False:
+        return '<span class="no">✗ does not fit</span>'
+    return "predicted, not run" if row.get("confirmed") is False else '<span class="ok">✓ ran</span>'
+
+
+def _mean_speedup(rows: Sequence[Row]) -> str:
+    gains = [gain for row in rows if row.get("correct") is not False and (gain := positive(row, "speedup"))]
+    if not gains:
+        return DASH
+    mean = math.exp(sum(map(math.log, gains)) / len(gains))
+    return f"{times(mean)} <small>({min(gains):.2f}–{max(gains):.2f})</small>"
+
+
+def _right(rows: Sequence[Row]) -> str:
+    right = sum(row.get("correct") is True for row in rows)
+    text = f"{right} of {len(rows)}"
+    return f'<span class="ok">✓ {text}</span>' if right == len(rows) else f'<span class="no">{text}</span>'
 
 
 def _time(row: Row) -> str:
@@ -200,8 +257,8 @@ def _verdict(good: bool, yes: str, no: str) -> str:
     return f'<span class="ok">✓ {yes}</span>' if good else f'<span class="no">✗ {no}</span>'
 
 
-def _of(name: str, show: Callable[[Row], str]) -> Callable[[Row], str]:
-    """Show one contender's row of a group, a dash where it has none."""
+def _of(name: str, show: Callable[[Any], str]) -> Callable[[Row], str]:
+    """Show what a group holds of one contender, a dash where it has nothing."""
     return lambda group: show(group["by"][name]) if name in group["by"] else DASH
 
 
