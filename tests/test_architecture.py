@@ -94,14 +94,19 @@ def test_files_stay_readable() -> None:
         assert len(path.read_text().splitlines()) <= 500, f"{path}: split it"
 
 
+def _printed(code: str) -> str:
+    """What a fresh interpreter prints."""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return result.stdout.strip()
+
+
 def test_import_is_light() -> None:
     """``import sparsert`` and the command line's help load neither torch's compilers, triton nor transformers."""
     code = (
         "import sys, sparsert, sparsert.cli; from sparsert.errors import SparsityError; "
         "print([m for m in ('torch', 'triton', 'transformers', 'numpy') if m in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    assert _printed(code) == "[]"
 
 
 def test_operators_load_no_triton_or_transformers() -> None:
@@ -109,8 +114,7 @@ def test_operators_load_no_triton_or_transformers() -> None:
         "import sys, torch, sparsert.ops, sparsert.nn; "
         "print([m for m in ('triton', 'transformers') if m in sys.modules], torch.cuda.is_initialized())"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[] False"
+    assert _printed(code) == "[] False"
 
 
 def test_docstring_examples_run() -> None:

@@ -20,7 +20,7 @@ from sparsert.bench.card import stored_bytes
 from sparsert.bench.correctness import LogitsReference
 from sparsert.bench.memory import PeakMemory
 from sparsert.bench.metrics import Run, spread_ms
-from sparsert.bench.subject import Subject, build_model
+from sparsert.bench.subject import Subject, build_model, replace_packed_
 from sparsert.bench.workload import Setting, random_prompts
 from sparsert.engine.generate import GrowingText, generate_batch
 from sparsert.engine.params import SamplingParams
@@ -172,14 +172,7 @@ class EngineContender:
 
 def use_torch_sparse_(model: nn.Module) -> None:
     """Replace every packed layer by ``torch.sparse``'s, one at a time, in place."""
-    found = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, SparseLinear)
-    ]
-    for parent, name, child in found:
-        setattr(parent, name, TorchSparseLinear(child))
+    replace_packed_(model, TorchSparseLinear)
 
 
 def _send(runner: Runner, prompts: list[list[int]], setting: Setting) -> Run:

@@ -8,6 +8,7 @@ values of the others' size: a zero draws less power than a number, and a baselin
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from sparsert.checkpoint import Checkpoint
     from sparsert.models import DecoderConfig, DecoderModel
+    from sparsert.nn import SparseLinear
 
 SPARSITIES = ("2:4", "dense")
 
@@ -151,6 +153,19 @@ def fill_dense_(model: nn.Module, generator: torch.Generator) -> int:
     """
     import torch
 
+    def filled(packed: SparseLinear) -> nn.Module:
+        linear = packed.to_linear()
+        weight = linear.weight.data
+        scale = float(packed.values.float().std())
+        noise = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
+        linear.weight.data = torch.where(weight == 0, noise.mul_(scale), weight)
+        return linear
+
+    return replace_packed_(model, filled)
+
+
+def replace_packed_(model: nn.Module, replace: Callable[[SparseLinear], nn.Module]) -> int:
+    """Replace every packed layer by what ``replace`` makes of it, one at a time, in place; returns how many."""
     from sparsert.nn import SparseLinear
 
     found = [
@@ -160,12 +175,7 @@ def fill_dense_(model: nn.Module, generator: torch.Generator) -> int:
         if isinstance(child, SparseLinear)
     ]
     for parent, name, child in found:
-        linear = child.to_linear()
-        weight = linear.weight.data
-        scale = float(child.values.float().std())
-        noise = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
-        linear.weight.data = torch.where(weight == 0, noise.mul_(scale), weight)
-        setattr(parent, name, linear)
+        setattr(parent, name, replace(child))
     return len(found)
 
 
