@@ -1,0 +1,133 @@
+"""Attention of one new token per text over a KV cache: head norms, rotation, append, split over the context.
+
+The reference is written out in torch and runs everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """What one attention layer computes, without its weights.
+
+    Attributes:
+        num_heads, num_kv_heads: query and key/value heads; the first is a multiple of the second.
+        head_dim: width of one head.
+        rotary_dim: leading dimensions of a head that are rotated, in halves; even, at most ``head_dim``.
+        scale: of the scores.
+        sliding_window: a token sees itself and the ``sliding_window - 1`` before it; None: all.
+        softcap: scores become ``softcap * tanh(score / softcap)``; None: they stay.
+        norm_eps: of the head norms, where there are any.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    scale: float
+    sliding_window: int | None = None
+    softcap: float | None = None
+    norm_eps: float = 1e-6
+
+
+def rotate(heads: Tensor, cosine: Tensor, signed_sine: Tensor) -> Tensor:
+    """Turn each head by its position.
+
+    Args:
+        heads: ``[..., heads, head_dim]``.
+        cosine, signed_sine: ``[..., 1, rotary_dim]``; the first ``rotary_dim`` dimensions are turned, in halves,
+            by ``x * cosine + roll(x, rotary_dim / 2) * signed_sine``.
+    """
+    width = cosine.shape[-1]
+    turned = heads[..., :width]
+    turned = torch.addcmul(turned * cosine, turned.roll(width // 2, dims=-1), signed_sine)
+    return turned if width == heads.shape[-1] else torch.cat([turned, heads[..., width:]], dim=-1)
+
+
+def split_heads(
+    heads: Tensor,
+    cosine: Tensor,
+    signed_sine: Tensor,
+    shape: AttentionShape,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a layer's joint projection: heads normed, then rotated.
+
+    Args:
+        heads: ``[..., num_heads + 2 * num_kv_heads, head_dim]``: queries, keys, values.
+        cosine, signed_sine: ``[..., 1, rotary_dim]`` of the tokens' positions.
+        q_norm, k_norm: ``[head_dim]``: weights of an RMSNorm over each head (Qwen 3, Gemma 3), rounding as in
+            :func:`sparsert.ops.residual_norm`.
+
+    Returns:
+        q ``[..., num_heads, head_dim]``, k and v ``[..., num_kv_heads, head_dim]``.
+    """
+    from sparsert.ops.norm import residual_norm
+
+    q, k, v = heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=-2)
+    if q_norm is not None:
+        q = residual_norm(q, None, q_norm, shape.norm_eps)[1]
+    if k_norm is not None:
+        k = residual_norm(k, None, k_norm, shape.norm_eps)[1]
+    return rotate(q, cosine, signed_sine), rotate(k, cosine, signed_sine), v
+
+
+def decode_attention(
+    heads: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    cosine: Tensor,
+    signed_sine: Tensor,
+    shape: AttentionShape,
+    window: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+) -> Tensor:
+    """One decode step of one layer: norm and rotate, append to the cache, attend.
+
+    Args:
+        heads: ``[batch, num_heads + 2 * num_kv_heads, head_dim]`` of one new token per text.
+        keys, values: ``[rows, num_kv_heads, length, head_dim]``, rows >= batch; changed in place: the new token's
+            go to position ``lengths[row]``.
+        lengths: int64 ``[batch]`` on the device: tokens in the cache before this step, each below ``window``.
+        cosine, signed_sine: ``[positions, rotary_dim]``: the tables, of which row ``lengths[row]`` is used.
+        shape: what the layer computes.
+        window: positions of the cache that may be read; at most ``length``.
+        q_norm, k_norm: as in :func:`split_heads`.
+
+    Returns:
+        ``[batch, num_heads, head_dim]``, dtype of heads.
+    """
+    batch, kv_heads, head_dim = heads.shape[0], shape.num_kv_heads, shape.head_dim
+    q, k, v = split_heads(heads, cosine[lengths].unsqueeze(1), signed_sine[lengths].unsqueeze(1), shape, q_norm, k_norm)
+    # one row of the cache for each text and head; no shape depends on a length, so this can be captured
+    first = torch.arange(batch * kv_heads, device=lengths.device) * keys.shape[2]
+    rows = first + lengths.repeat_interleave(kv_heads, output_size=batch * kv_heads)
+    keys.view(-1, head_dim).index_copy_(0, rows, k.reshape(-1, head_dim))
+    values.view(-1, head_dim).index_copy_(0, rows, v.reshape(-1, head_dim))
+    position = torch.arange(window, device=lengths.device)
+    visible = position <= lengths.unsqueeze(1)
+    if shape.sliding_window is not None:
+        visible &= position > lengths.unsqueeze(1) - shape.sliding_window
+    group = shape.num_heads // kv_heads
+    grouped = q.reshape(batch, kv_heads, group, head_dim)
+    past_keys, past_values = keys[:batch, :, :window], values[:batch, :, :window]
+    if shape.softcap is None:
+        mask = torch.zeros(batch, window, device=lengths.device, dtype=heads.dtype).masked_fill_(~visible, -torch.inf)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            grouped, past_keys, past_values, scale=shape.scale,
+            attn_mask=mask.view(batch, 1, 1, window).expand(batch, kv_heads, group, window),
+        )  # fmt: skip
+    else:
+        scores = (grouped @ past_keys.transpose(-1, -2)).float() * shape.scale
+        scores = shape.softcap * torch.tanh(scores / shape.softcap)
+        scores = scores.masked_fill(~visible.view(batch, 1, 1, window), -torch.inf)
+        attended = scores.softmax(-1).to(heads.dtype) @ past_values
+    return attended.reshape(batch, shape.num_heads, head_dim)
