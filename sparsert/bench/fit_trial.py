@@ -7,7 +7,6 @@ the one that fills the last position. One that runs out of memory is repeated a 
 from __future__ import annotations
 
 import gc
-import types
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,24 +104,22 @@ def generate_at_limits(model: DecoderModel, batch: int, input_len: int, output_l
     device, config = model.device, model.config
     length = -(-(input_len + output_len) // _LENGTH_UNIT) * _LENGTH_UNIT
     model.rotary.reserve_(length, device, model.dtype)
-    cache = KVCache(config, len(model.blocks), batch, length, device, model.dtype)
+    cache = KVCache(model.attention_shapes, batch, length, device, model.dtype)
     tokens = torch.randint(config.vocab_size, (batch, input_len), device=device)
     rows = prefill_rows(batch, input_len)
     chosen = []
     for begin in range(0, batch, rows):
         part = tokens[begin : begin + rows]
         end = begin + part.shape[0]
-        view: Any = types.SimpleNamespace(keys=cache.keys[:, begin:end], values=cache.values[:, begin:end])
-        positions = torch.arange(input_len, device=device).expand_as(part)
         last = torch.full((part.shape[0],), input_len - 1, device=device)
-        logits = model(part, positions, PrefillAttention(view), rows=last)
+        logits = model(part, PrefillAttention(cache.rows(begin, end)), rows=last)
         chosen.append(logits.float().argmax(-1))
     following = torch.cat(chosen)
     for position in dict.fromkeys((input_len, input_len + output_len - 1)):
         if output_len == 1:
             break  # the only token came out of the prefill
         lengths = torch.full((batch,), position, device=device)
-        logits = model(following.unsqueeze(1), lengths.unsqueeze(1), DecodeAttention(cache, lengths, length))
+        logits = model(following.unsqueeze(1), DecodeAttention(cache, lengths, length))
         following = logits.squeeze(1).float().argmax(-1)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -32,6 +32,7 @@ from sparsert.engine.params import SamplingParams
 from sparsert.engine.runner import Runner, window_for
 from sparsert.engine.sampler import Sampler
 from sparsert.models import DecoderModel
+from sparsert.models.decoder import SelfAttention
 
 LINEARS, ATTENTION, OTHER = "linears", "attention", "norms, rope, activation"
 HEAD, SAMPLING, GAPS = "head", "sampling", "gaps"
@@ -101,11 +102,10 @@ def _profiled_events(model: DecoderModel, prompts: list[list[int]], steps: int) 
     # as many positions as the engine's step reads
     length = -(-window_for(longest, config.max_position_embeddings) // _LENGTH_UNIT) * _LENGTH_UNIT
     model.rotary.reserve_(length, device, model.dtype)
-    cache = KVCache(config, len(model.blocks), batch, length, device, model.dtype)
+    cache = KVCache(model.attention_shapes, batch, length, device, model.dtype)
     tokens = torch.tensor(prompts, device=device)
     last = torch.full((batch,), context - 1, device=device)
-    positions = torch.arange(context, device=device).expand_as(tokens)
-    logits = model(tokens, positions, PrefillAttention(cache), rows=last)
+    logits = model(tokens, PrefillAttention(cache), rows=last)
     sampler = Sampler(SamplingParams(), prompts, config.vocab_size, device)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     chosen = sampler(logits)
@@ -115,7 +115,7 @@ def _profiled_events(model: DecoderModel, prompts: list[list[int]], steps: int) 
             lengths = torch.full((batch,), context + number, device=device)
             with _range(ATTENTION):
                 attention = _RangedAttention(DecodeAttention(cache, lengths, length))
-            logits = model(chosen.unsqueeze(1), lengths.unsqueeze(1), attention).squeeze(1)
+            logits = model(chosen.unsqueeze(1), attention).squeeze(1)
             with _range(SAMPLING):
                 return sampler(logits)
 
@@ -165,9 +165,9 @@ class _RangedAttention:
     def __init__(self, attention: DecodeAttention) -> None:
         self._attention = attention
 
-    def __call__(self, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor:
         with _range(ATTENTION):
-            return self._attention(block, q, k, v)
+            return self._attention(slot, heads, layer)
 
 
 @contextlib.contextmanager

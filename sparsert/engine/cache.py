@@ -1,19 +1,26 @@
-"""The KV cache: one static buffer for the keys and one for the values of every block that runs.
+"""The KV cache: one static buffer for the keys and one for the values of every attention layer.
 
-    keys, values   [blocks, batch, kv_heads, length, head_dim]
+    keys[slot], values[slot]   [batch, kv_heads, length, head_dim]
 
-Skipped blocks have no slot. All rows have the same room, so a CUDA graph can be captured over the
-buffers once and replayed for the life of the cache; a decode step reads only the first ``window``
-positions of it. What it gives up against pages: memory for the longest row is held for every row.
+A slot is one attention layer that runs; skipped ones have none, and layers may differ in shape. All rows
+have the same room, so a CUDA graph can be captured over the buffers once and replayed for the life of the
+cache; a decode step reads only the first ``window`` positions of it. What it gives up against pages: memory
+for the longest row is held for every row.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from sparsert import ops
 from sparsert.errors import InputError
 from sparsert.models.config import DecoderConfig
+from sparsert.models.decoder import SelfAttention, causal_attention
+from sparsert.ops import AttentionShape
 
 
 def kv_bytes_per_token(config: DecoderConfig, num_blocks: int, dtype: torch.dtype) -> int:
@@ -25,15 +32,14 @@ class KVCache:
     """Keys and values of past tokens.
 
     Attributes:
-        keys, values: ``[blocks, batch, kv_heads, length, head_dim]``.
+        keys, values: by slot, ``[batch, kv_heads, length, head_dim]`` each.
         batch_size: rows.
         length: positions a row has room for.
     """
 
     def __init__(
         self,
-        config: DecoderConfig,
-        num_blocks: int,
+        shapes: Sequence[AttentionShape],
         batch_size: int,
         length: int,
         device: torch.device,
@@ -42,18 +48,22 @@ class KVCache:
         """Allocate the cache.
 
         Args:
-            num_blocks: blocks that run.
+            shapes: of the attention layers, by slot (``DecoderModel.attention_shapes``).
 
         Raises:
             InputError: the device has no room for it.
         """
-        shape = (num_blocks, batch_size, config.num_kv_heads, length, config.head_dim)
-        try:
+
+        def zeros(shape: AttentionShape) -> Tensor:
             # zeros, because attention multiplies masked positions by 0 and 0 x NaN is NaN
-            self.keys = torch.zeros(shape, device=device, dtype=dtype)
-            self.values = torch.zeros(shape, device=device, dtype=dtype)
+            return torch.zeros((batch_size, shape.num_kv_heads, length, shape.head_dim), device=device, dtype=dtype)
+
+        try:
+            self.keys = [zeros(shape) for shape in shapes]
+            self.values = [zeros(shape) for shape in shapes]
         except torch.OutOfMemoryError:
-            needed = kv_bytes_per_token(config, num_blocks, dtype) * batch_size * length
+            per_token = 2 * dtype.itemsize * sum(shape.num_kv_heads * shape.head_dim for shape in shapes)
+            needed = per_token * batch_size * length
             raise InputError(
                 f"no room on {device} for a KV cache of {needed / 1e9:.2f} GB ({batch_size} texts of {length} tokens); "
                 f"give fewer prompts at once, fewer new tokens, or a smaller max_length"
@@ -63,8 +73,16 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both buffers."""
-        return self.keys.nbytes + self.values.nbytes
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
+
+    def rows(self, begin: int, end: int) -> KVCache:
+        """A cache over some of the rows, sharing this one's memory."""
+        part = copy.copy(self)
+        part.keys = [keys[begin:end] for keys in self.keys]
+        part.values = [values[begin:end] for values in self.values]
+        part.batch_size = end - begin
+        return part
 
 
 class PrefillAttention:
@@ -77,26 +95,17 @@ class PrefillAttention:
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
 
-    def __call__(self, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor:
         """See :class:`sparsert.models.decoder.Attention`."""
-        batch, tokens = q.shape[:2]
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        self._cache.keys[block, :batch, :, :tokens].copy_(k)
-        self._cache.values[block, :batch, :, :tokens].copy_(v)
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return attended.transpose(1, 2)
+        batch, tokens = heads.shape[:2]
+        q, k, v = layer.split(heads)
+        self._cache.keys[slot][:batch, :, :tokens].copy_(k.transpose(1, 2))
+        self._cache.values[slot][:batch, :, :tokens].copy_(v.transpose(1, 2))
+        return causal_attention(q, k, v)
 
 
 class DecodeAttention:
-    """Attention of one new token per row over the first ``window`` positions of the cache.
-
-    The query heads that share a key/value head are laid out as if they were so many tokens of one head:
-    ``q: [batch, kv_heads, group, head_dim]`` against ``k, v: [batch, kv_heads, window, head_dim]``. No key
-    is repeated, and every group size works. Rows, mask and views follow from the lengths by tensor
-    operations alone, so the whole step can be captured in a CUDA graph.
-    """
+    """Attention of one new token per row over the first ``window`` positions of the cache."""
 
     def __init__(self, cache: KVCache, lengths: Tensor, window: int) -> None:
         """Prepare one step.
@@ -106,26 +115,14 @@ class DecodeAttention:
             window: positions that are read; more than any length that matters.
         """
         self._cache = cache
+        self._lengths = lengths
         self._window = window
-        batch, kv_heads = lengths.shape[0], cache.keys.shape[2]
-        first_rows = torch.arange(batch * kv_heads, device=lengths.device) * cache.length
-        self._rows = first_rows + lengths.repeat_interleave(kv_heads, output_size=batch * kv_heads)
-        visible = torch.arange(window, device=lengths.device) <= lengths.unsqueeze(1)
-        mask = torch.zeros(batch, window, device=lengths.device, dtype=cache.keys.dtype)
-        self._mask = mask.masked_fill_(~visible, -torch.inf).view(batch, 1, 1, window)
 
-    def __call__(self, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor:
         """See :class:`sparsert.models.decoder.Attention`."""
-        batch, _, heads, head_dim = q.shape
-        kv_heads = k.shape[2]
-        keys, values = self._cache.keys[block], self._cache.values[block]
-        keys.view(-1, head_dim).index_copy_(0, self._rows, k.reshape(-1, head_dim))
-        values.view(-1, head_dim).index_copy_(0, self._rows, v.reshape(-1, head_dim))
-        group = heads // kv_heads
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            q.reshape(batch, kv_heads, group, head_dim),
-            keys[:batch, :, : self._window],
-            values[:batch, :, : self._window],
-            attn_mask=self._mask.expand(batch, kv_heads, group, self._window),
-        )
-        return attended.reshape(batch, 1, heads, head_dim)
+        rotary = layer.rotary
+        attended = ops.decode_attention(
+            heads.squeeze(1), self._cache.keys[slot], self._cache.values[slot], self._lengths, rotary.cosine,
+            rotary.signed_sine, layer.shape, self._window, layer.q_norm, layer.k_norm,
+        )  # fmt: skip
+        return attended.unsqueeze(1)

@@ -94,9 +94,8 @@ class Runner:
         self._batch = len(prompts)
         lengths_here = torch.tensor(lengths, device=device)
         self._set_lengths(lengths_here)
-        positions = torch.arange(max(lengths), device=device).expand_as(tokens)
         with torch.inference_mode(), self._on_device():
-            return self.model(tokens, positions, PrefillAttention(cache), rows=lengths_here - 1)
+            return self.model(tokens, PrefillAttention(cache), rows=lengths_here - 1)
 
     def decode(self, tokens: Tensor, longest: int) -> Tensor:
         """Add one token to each row.
@@ -134,7 +133,7 @@ class Runner:
         assert self._cache is not None
         lengths = self._lengths[:batch]
         attention = DecodeAttention(self._cache, lengths, window)
-        logits: Tensor = self.model(self._tokens[:batch].unsqueeze(1), lengths.unsqueeze(1), attention)
+        logits: Tensor = self.model(self._tokens[:batch].unsqueeze(1), attention)
         return logits.squeeze(1)
 
     def _reserve(self, batch: int, length: int) -> KVCache:
@@ -148,8 +147,7 @@ class Runner:
         capacity = -(-window_for(length, self.max_length) // _LENGTH_UNIT) * _LENGTH_UNIT
         self._graphs = self._cache = old = None  # free before the larger one is made
         self.model.rotary.reserve_(capacity, self.model.device, self.model.dtype)
-        config = self.model.config
-        self._cache = KVCache(config, len(self.model.blocks), rows, capacity, self.model.device, self.model.dtype)
+        self._cache = KVCache(self.model.attention_shapes, rows, capacity, self.model.device, self.model.dtype)
         if self.model.device.type == "cuda":
             self._graphs = DecodeGraphs(self._step)
         return self._cache

@@ -14,82 +14,114 @@ Source: Touvron et al., "LLaMA" (2023); ``LlamaForCausalLM`` of transformers.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from sparsert import ops
 from sparsert.errors import InputError
 from sparsert.models.config import DecoderConfig
 from sparsert.models.linears import LinearGroup, meta_linear
 from sparsert.models.report import LoadReport
-from sparsert.models.rope import RotaryEmbedding, rotate
+from sparsert.models.rope import RotaryEmbedding
 from sparsert.schedule import LayerPlan
 
 
 class Attention(Protocol):
-    """How queries see keys and values of this call and of earlier ones."""
+    """How the new tokens of one layer see each other and earlier ones; it knows their positions."""
 
-    def __call__(self, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend in one block.
+    def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor:
+        """Norm and rotate heads, keep keys and values if there is a cache, and attend.
 
         Args:
-            block: place of the block in the model (skipped blocks do not count).
-            q: ``[batch, tokens, heads, head_dim]``, positions already applied.
-            k, v: ``[batch, tokens, kv_heads, head_dim]`` of the same tokens.
+            slot: number of the layer among the model's attention layers; its place in a cache.
+            heads: ``[batch, tokens, num_heads + 2 * num_kv_heads, head_dim]``: queries, keys, values.
+            layer: whose ``shape``, ``q_norm``, ``k_norm`` and ``rotary`` apply.
 
         Returns:
-            ``[batch, tokens, heads, head_dim]``.
+            ``[batch, tokens, num_heads, head_dim]``.
         """
         ...
 
 
 class CausalAttention:
-    """Each token sees itself and those before it in this call; nothing is kept."""
+    """Each token sees itself and those before it in this call, from position 0; nothing is kept."""
 
-    def __call__(self, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor:
         """See :class:`Attention`."""
-        grouped = q.shape[2] != k.shape[2]
-        attended = functional.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=grouped
-        )
-        return attended.transpose(1, 2)
+        return causal_attention(*layer.split(heads))
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of tokens among themselves; q, k, v and the result are ``[batch, tokens, heads, head_dim]``."""
+    grouped = q.shape[2] != k.shape[2]
+    attended = functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=grouped
+    )
+    return attended.transpose(1, 2)
 
 
 class RMSNorm(nn.Module):
-    """``weight * round(x / sqrt(mean(x^2) + eps))``, the quotient in fp32."""
+    """The weight of a norm; the arithmetic is :func:`sparsert.ops.residual_norm`."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, device="meta"), requires_grad=False)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., width]`` -> the same shape and dtype."""
-        exact = x.float()
-        exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * exact.to(x.dtype)
+    def forward(self, x: Tensor, stream: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Add ``x`` to the residual stream and norm the sum; returns (stream, normed), each like x."""
+        return ops.residual_norm(x, stream, self.weight, self.eps)
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions.
 
-    def __init__(self, config: DecoderConfig) -> None:
+    Attributes:
+        shape: what it computes.
+        rotary: tables of cosines and sines, shared by all layers.
+        q_norm, k_norm: weights of norms over each head, or None.
+    """
+
+    q_norm: nn.Parameter | None
+    k_norm: nn.Parameter | None
+
+    def __init__(self, config: DecoderConfig, rotary: RotaryEmbedding) -> None:
         super().__init__()
         shapes = config.block_linears()
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        self.head_dim = config.head_dim
+        self.shape = ops.AttentionShape(
+            config.num_heads, config.num_kv_heads, config.head_dim, config.head_dim, scale=config.head_dim**-0.5
+        )
+        # not registered: the model owns the tables
+        self._rotary = (rotary,)
+        self.q_norm = self.k_norm = None
         self.qkv_proj = LinearGroup({name: shapes[f"self_attn.{name}"] for name in ("q_proj", "k_proj", "v_proj")})
         self.o_proj: nn.Module = meta_linear(shapes["self_attn.o_proj"])
 
-    def forward(self, x: Tensor, cosine: Tensor, signed_sine: Tensor, attention: Attention, block: int) -> Tensor:
+    @property
+    def rotary(self) -> RotaryEmbedding:
+        """Tables of cosines and sines."""
+        return self._rotary[0]
+
+    def split(self, heads: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed and rotated queries and keys, and values.
+
+        Args:
+            heads: ``[batch, tokens, num_heads + 2 * num_kv_heads, head_dim]``.
+            positions: int64 ``[batch, tokens]``, each below ``rotary.length``; default ``0 .. tokens - 1``.
+
+        Returns:
+            ``[batch, tokens, heads, head_dim]`` each.
+        """
+        tables = self.rotary.first(heads.shape[1]) if positions is None else self.rotary(positions)
+        return ops.split_heads(heads, tables[0], tables[1], self.shape, self.q_norm, self.k_norm)
+
+    def forward(self, x: Tensor, attention: Attention, slot: int) -> Tensor:
         """``[batch, tokens, hidden]`` -> the same shape."""
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        rotated = self.num_heads + self.num_kv_heads
-        qk = rotate(heads[:, :, :rotated], cosine, signed_sine)
-        attended = attention(block, qk[:, :, : self.num_heads], qk[:, :, self.num_heads :], heads[:, :, rotated:])
-        output: Tensor = self.o_proj(attended.flatten(-2))
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.shape.head_dim))
+        output: Tensor = self.o_proj(attention(slot, heads, self).flatten(-2))
         return output
 
 
@@ -104,25 +136,36 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden]`` -> the same shape."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        output: Tensor = self.down_proj(functional.silu(gate) * up)
+        output: Tensor = self.down_proj(ops.activate(self.gate_up_proj(x), "silu", gated=True))
         return output
 
 
 class DecoderBlock(nn.Module):
-    """Attention, then feed-forward, each behind a norm and added to the residual stream."""
+    """Attention, then feed-forward, each behind a norm and added to the residual stream.
 
-    def __init__(self, config: DecoderConfig) -> None:
+    What a sub-block computes is added by the norm that follows it, so that addition and norm are one step.
+    """
+
+    def __init__(self, config: DecoderConfig, rotary: RotaryEmbedding) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config)
+        self.self_attn = SelfAttention(config, rotary)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
 
-    def forward(self, x: Tensor, cosine: Tensor, signed_sine: Tensor, attention: Attention, block: int) -> Tensor:
-        """``[batch, tokens, hidden]`` -> the same shape."""
-        x = x + self.self_attn(self.input_layernorm(x), cosine, signed_sine, attention, block)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, stream: Tensor | None, attention: Attention, slot: int) -> tuple[Tensor, Tensor]:
+        """Run the block.
+
+        Args:
+            x: ``[batch, tokens, hidden]``: what is still to be added to the stream.
+            stream: the residual stream, or None at the start.
+
+        Returns:
+            x and stream for the next block.
+        """
+        stream, normed = self.input_layernorm(x, stream)
+        stream, normed = self.post_attention_layernorm(self.self_attn(normed, attention, slot), stream)
+        return self.mlp(normed), stream
 
 
 class DecoderModel(nn.Module):
@@ -144,10 +187,16 @@ class DecoderModel(nn.Module):
         self.plan = plan
         self.report = LoadReport({}, ())
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, device="meta")
-        self.blocks = nn.ModuleList([DecoderBlock(config) for _ in plan.kept])
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim)
+        self.blocks = nn.ModuleList([DecoderBlock(config, self.rotary) for _ in plan.kept])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
-        self.rotary = RotaryEmbedding(config.rope, config.head_dim)
+
+    @property
+    def attention_shapes(self) -> tuple[ops.AttentionShape, ...]:
+        """What each attention layer computes, by slot."""
+        blocks: list[Any] = list(self.blocks)
+        return tuple(block.self_attn.shape for block in blocks)
 
     @property
     def device(self) -> torch.device:
@@ -159,34 +208,30 @@ class DecoderModel(nn.Module):
         """dtype of activations and values."""
         return self.embed_tokens.weight.dtype
 
-    def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        attention: Attention | None = None,
-        *,
-        rows: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, attention: Attention | None = None, *, rows: Tensor | None = None) -> Tensor:
         """Logits of the next token.
 
         Args:
             tokens: int64 ``[batch, tokens]`` on the model's device.
-            positions: int64 ``[batch, tokens]``, each below ``rotary.length``; default ``0 .. tokens - 1``.
-            attention: default plain causal attention within this call.
+            attention: default plain causal attention within this call, from position 0; another one needs
+                ``rotary.reserve_`` for its positions.
             rows: int64 ``[batch]``: the one token of each text whose logits are wanted; default all.
 
         Returns:
             ``[batch, tokens, vocabulary]``, or ``[batch, vocabulary]`` with ``rows``, in the model's dtype.
         """
-        if positions is None:
+        if attention is None:
             self.rotary.reserve_(tokens.shape[1], self.device, self.dtype)
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        cosine, signed_sine = self.rotary(positions)
-        x = self.embed_tokens(tokens)
-        attention = attention or CausalAttention()
-        for index, block in enumerate(self.blocks):
-            x = block(x, cosine, signed_sine, attention, index)
+            attention = CausalAttention()
+        x, stream = self.embed_tokens(tokens), None
+        for slot, block in enumerate(self.blocks):
+            x, stream = block(x, stream, attention, slot)
         if rows is not None:
-            x = x.gather(1, rows.view(-1, 1, 1).expand(-1, 1, x.shape[-1])).squeeze(1)
-        logits: Tensor = self.lm_head(self.norm(x))
+            x, stream = _pick(x, rows), _pick(stream, rows) if stream is not None else None
+        logits: Tensor = self.lm_head(self.norm(x, stream)[1])
         return logits
+
+
+def _pick(x: Tensor, rows: Tensor) -> Tensor:
+    """``[batch, tokens, width]`` -> ``[batch, width]``: one token of each text."""
+    return x.gather(1, rows.view(-1, 1, 1).expand(-1, 1, x.shape[-1])).squeeze(1)

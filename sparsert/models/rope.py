@@ -88,12 +88,6 @@ class RotaryEmbedding(nn.Module):
         """
         return self.cosine[positions].unsqueeze(2), self.signed_sine[positions].unsqueeze(2)
 
-
-def rotate(heads: Tensor, cosine: Tensor, signed_sine: Tensor) -> Tensor:
-    """Turn each head by its position.
-
-    Args:
-        heads: ``[batch, tokens, heads, head_dim]``.
-        cosine, signed_sine: from :class:`RotaryEmbedding`.
-    """
-    return torch.addcmul(heads * cosine, heads.roll(heads.shape[-1] // 2, dims=-1), signed_sine)
+    def first(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """The tables of positions ``0 .. tokens - 1``, each ``[1, tokens, 1, head_dim]``."""
+        return self.cosine[None, :tokens, None], self.signed_sine[None, :tokens, None]

@@ -7,8 +7,7 @@ their place in the list is the number they have at run time (KV cache slot, modu
 The first four and the last two blocks are guarded: removing any of them ruins a model (LLaMA-7B on
 WikiText-2 goes from perplexity 12.6 to 21 without block 24, but to 719 without block 2 and to 8276
 without block 0), and criteria that look at weights alone rank exactly these first. Whoever wants it
-anyway says ``force=True``. What this gives up: attention or feed-forward sub-blocks cannot be removed
-separately.
+anyway says ``force=True``. A kept block may run without its attention or without its feed-forward layer.
 
 Source: Kim et al., "Shortened LLaMA" (2024), section 3: the "+" rule keeps blocks 0-3 and the last two.
 """
@@ -29,9 +28,11 @@ class LayerPlan:
     Attributes:
         num_blocks: blocks in the checkpoint.
         kept: the blocks that run, in the checkpoint's numbering, strictly ascending.
+        without_attention, without_mlp: kept blocks whose attention or feed-forward layer is skipped,
+            ascending; a block without both is a removed one and may not be named here.
 
     Raises:
-        InputError: no block is kept, or ``kept`` is out of range, repeated or out of order.
+        InputError: no block is kept, or blocks are out of range, repeated or out of order.
 
     Example:
         >>> print(LayerPlan.remove(32, [21, 22, 23, 24, 25, 27]))
@@ -40,6 +41,8 @@ class LayerPlan:
 
     num_blocks: int
     kept: tuple[int, ...]
+    without_attention: tuple[int, ...] = ()
+    without_mlp: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_blocks < 1:
@@ -49,6 +52,22 @@ class LayerPlan:
             raise InputError(f"kept blocks must ascend, got {list(self.kept)}; blocks run in the checkpoint's order")
         if not self.kept:
             raise InputError(f"all {self.num_blocks} blocks would be removed; at least one has to stay")
+        for part, blocks in (("attention", self.without_attention), ("mlp", self.without_mlp)):
+            check_block_indices(blocks, self.num_blocks, f"skip the {part} of")
+            strangers = sorted(set(blocks) - set(self.kept))
+            if strangers or list(blocks) != sorted(blocks):
+                raise InputError(f"blocks without {part} must be kept ones in ascending order, got {list(blocks)}")
+        both = sorted(set(self.without_attention) & set(self.without_mlp))
+        if both:
+            raise InputError(f"block {format_block_list(both)} would run without attention and mlp; remove it instead")
+
+    def runs_attention(self, block: int) -> bool:
+        """Whether the attention layer of a block runs."""
+        return block in self.kept and block not in self.without_attention
+
+    def runs_mlp(self, block: int) -> bool:
+        """Whether the feed-forward layer of a block runs."""
+        return block in self.kept and block not in self.without_mlp
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -89,7 +108,12 @@ class LayerPlan:
         return cls(num_blocks, tuple(index for index in range(num_blocks) if index not in gone))
 
     def __str__(self) -> str:
-        if not self.removed:
-            return f"all {self.num_blocks} blocks"
-        kept, removed = format_block_list(self.kept), format_block_list(self.removed)
-        return f"{len(self.kept)} of {self.num_blocks} blocks: {kept} (removed: {removed})"
+        text = f"all {self.num_blocks} blocks"
+        if self.removed:
+            kept, removed = format_block_list(self.kept), format_block_list(self.removed)
+            text = f"{len(self.kept)} of {self.num_blocks} blocks: {kept} (removed: {removed})"
+        if self.without_attention:
+            text += f", without attention in {format_block_list(self.without_attention)}"
+        if self.without_mlp:
+            text += f", without mlp in {format_block_list(self.without_mlp)}"
+        return text

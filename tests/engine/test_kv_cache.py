@@ -8,6 +8,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparsert.engine.cache import DecodeAttention, KVCache, PrefillAttention, kv_bytes_per_token
 from sparsert.models import DecoderConfig
+from sparsert.models.decoder import SelfAttention
+from sparsert.models.rope import RotaryEmbedding
 
 CPU = torch.device("cpu")
 
@@ -27,20 +29,40 @@ def make_config(heads: int, kv_heads: int, head_dim: int) -> DecoderConfig:
     )
 
 
+def make_layer(config: DecoderConfig) -> SelfAttention:
+    """An attention layer whose tables turn nothing: positions play no part in what is tested here."""
+    rotary = RotaryEmbedding(config.rope, config.head_dim)
+    rotary.reserve_(64, CPU, torch.float32)
+    rotary.cosine.fill_(1)
+    rotary.signed_sine.fill_(0)
+    return SelfAttention(config, rotary)
+
+
 def test_only_kept_blocks_take_memory() -> None:
     config = make_config(6, 2, 24)
-    cache = KVCache(config, 3, batch_size=4, length=32, device=CPU, dtype=torch.bfloat16)
-    assert cache.keys.shape == cache.values.shape == (3, 4, 2, 32, 24)
+    shape = make_layer(config).shape
+    cache = KVCache([shape] * 3, batch_size=4, length=32, device=CPU, dtype=torch.bfloat16)
+    assert [keys.shape for keys in cache.keys] == [values.shape for values in cache.values] == [(4, 2, 32, 24)] * 3
     assert kv_bytes_per_token(config, 3, torch.bfloat16) == 2 * 3 * 2 * 24 * 2
     assert cache.nbytes == 4 * 32 * kv_bytes_per_token(config, 3, torch.bfloat16)
 
 
+def test_a_part_of_the_rows_shares_memory() -> None:
+    shape = make_layer(make_config(4, 2, 8)).shape
+    cache = KVCache([shape], batch_size=4, length=8, device=CPU, dtype=torch.float32)
+    part = cache.rows(1, 3)
+    part.keys[0].fill_(1)
+    assert part.batch_size == 2 and cache.batch_size == 4
+    assert cache.keys[0].sum(dim=(1, 2, 3)).tolist() == [0, 2 * 8 * 8, 2 * 8 * 8, 0]
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (9, 3), (8, 2), (12, 2)])
 def test_prefill_then_decode_equals_attention_over_everything(heads: int, kv_heads: int) -> None:
-    head_dim, lengths, steps, block = 16, [7, 1, 12], 4, 1
-    cache = KVCache(make_config(heads, kv_heads, head_dim), 2, batch_size=4, length=32, device=CPU, dtype=torch.float32)
-    cache.keys.fill_(1e4)  # whatever lies behind the real keys must not be seen
-    cache.values.fill_(1e4)
+    head_dim, lengths, steps, slot = 16, [7, 1, 12], 4, 1
+    layer = make_layer(make_config(heads, kv_heads, head_dim))
+    cache = KVCache([layer.shape] * 2, batch_size=4, length=32, device=CPU, dtype=torch.float32)
+    for buffer in (*cache.keys, *cache.values):
+        buffer.fill_(1e4)  # whatever lies behind the real keys must not be seen
     torch.manual_seed(0)
     rows, total = len(lengths), max(lengths) + steps
     q = torch.randn(rows, total, heads, head_dim)
@@ -54,17 +76,16 @@ def test_prefill_then_decode_equals_attention_over_everything(heads: int, kv_hea
 
     # right-padded prompts: what stands behind a row's length is a pad
     longest = max(lengths)
-    prefilled = PrefillAttention(cache)(block, q[:, :longest], k[:, :longest], v[:, :longest])
+    prefilled = PrefillAttention(cache)(slot, torch.cat([q, k, v], dim=2)[:, :longest], layer)
     for row, length in enumerate(lengths):
         torch.testing.assert_close(prefilled[row, length - 1], expected(row, length))
 
     now = torch.tensor(lengths)
     for _ in range(steps):
         attention = DecodeAttention(cache, now, window=24)
-        pick = (torch.arange(rows), now)
-        attended = attention(block, q[pick].unsqueeze(1), k[pick].unsqueeze(1), v[pick].unsqueeze(1))
+        attended = attention(slot, torch.cat([q, k, v], dim=2)[torch.arange(rows), now].unsqueeze(1), layer)
         now = now + 1
         for row in range(rows):
             torch.testing.assert_close(attended[row, 0], expected(row, int(now[row])))
-    assert bool((cache.keys[0] == 1e4).all()), "other blocks are left alone"
-    assert bool((cache.keys[:, 3] == 1e4).all()), "rows beyond the batch are left alone"
+    assert bool((cache.keys[0] == 1e4).all()), "other layers are left alone"
+    assert bool((cache.keys[1][3] == 1e4).all()), "rows beyond the batch are left alone"

@@ -9,7 +9,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from sparsert.models import DecoderConfig
-from sparsert.models.rope import RotaryEmbedding, inverse_frequencies, rotate
+from sparsert.models.rope import RotaryEmbedding, inverse_frequencies
+from sparsert.ops import rotate
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 500000.0},
