@@ -66,6 +66,26 @@ void linear24_cuda(uintptr_t values, uintptr_t metadata, uintptr_t x, uintptr_t 
         "linear24");
 }
 
+void linear24_activate_cuda(uintptr_t values, uintptr_t metadata, uintptr_t x, uintptr_t bias, uintptr_t y, int M, int N,
+                            int K, int64_t ldx, int activation, bool gated, int dtype, uintptr_t stream) {
+  const sparsert::Linear24Arguments arguments{pointer<void>(values),
+                                              pointer<uint32_t>(metadata),
+                                              pointer<void>(x),
+                                              pointer<void>(bias),
+                                              pointer<void>(y),
+                                              M,
+                                              N,
+                                              K,
+                                              ldx,
+                                              static_cast<sparsert::DType>(dtype),
+                                              static_cast<sparsert::Activation>(activation),
+                                              gated};
+  const sparsert::DeviceFacts device = sparsert::current_device_facts();
+  check(sparsert::linear24(arguments, sparsert::select_linear24(M, N, K, device, gated), device.capability >= 90,
+                           pointer<void>(stream)),
+        "linear24");
+}
+
 // One named tile instead of the chosen one: for tuning and for tests that cover every tile.
 void linear24_cuda_with(uintptr_t values, uintptr_t metadata, uintptr_t x, uintptr_t bias, uintptr_t y, int M, int N,
                         int K, int64_t ldx, int dtype, uintptr_t stream, int config, int splits) {
@@ -104,6 +124,46 @@ void unpack24_cuda(uintptr_t values, uintptr_t metadata, uintptr_t dense, int N,
                            pointer<void>(stream)),
         "unpack24");
 }
+
+bool dependent_launch() { return sparsert::current_device_facts().capability >= 90; }
+
+void residual_norm_cuda(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t bias, uintptr_t post_weight,
+                        uintptr_t stream_out, uintptr_t normed, int rows, int width, float eps, bool centered,
+                        bool weight_is_float, int dtype, uintptr_t stream) {
+  check(sparsert::residual_norm({pointer<void>(x), pointer<void>(residual), pointer<void>(weight), pointer<void>(bias),
+                                 pointer<void>(post_weight), pointer<void>(stream_out), pointer<void>(normed), rows,
+                                 width, eps, centered, weight_is_float, static_cast<sparsert::DType>(dtype)},
+                                dependent_launch(), pointer<void>(stream)),
+        "residual_norm");
+}
+
+void activate_cuda(uintptr_t x, uintptr_t y, int rows, int width, int kind, bool gated, bool interleaved, int dtype,
+                   uintptr_t stream) {
+  check(sparsert::activate({pointer<void>(x), pointer<void>(y), rows, width, static_cast<sparsert::Activation>(kind),
+                            gated, interleaved, static_cast<sparsert::DType>(dtype)},
+                           dependent_launch(), pointer<void>(stream)),
+        "activate");
+}
+
+// splits 0: chosen for the window.
+void decode_attention_cuda(uintptr_t heads, uintptr_t keys, uintptr_t values, uintptr_t lengths, uintptr_t cosine,
+                           uintptr_t signed_sine, uintptr_t q_norm, uintptr_t k_norm, uintptr_t out,
+                           int64_t heads_stride, int64_t cache_length, int batch, int num_heads, int num_kv_heads,
+                           int head_dim, int rotary_dim, int sliding_window, float scale, float softcap, float norm_eps,
+                           bool norm_is_float, bool settled, int window, int splits, int dtype, uintptr_t stream) {
+  const sparsert::DeviceFacts device = sparsert::current_device_facts();
+  const int reach = sliding_window > 0 && sliding_window < window ? sliding_window : window;
+  if (splits == 0)
+    splits = sparsert::decode_attention_splits(batch, num_heads, num_kv_heads, reach, device.multiprocessors,
+                                               device.capability >= 90);
+  check(sparsert::decode_attention(
+            {pointer<void>(heads), pointer<void>(keys), pointer<void>(values), pointer<long long>(lengths),
+             pointer<void>(cosine), pointer<void>(signed_sine), pointer<void>(q_norm), pointer<void>(k_norm),
+             pointer<void>(out), heads_stride, cache_length, batch, num_heads, num_kv_heads, head_dim, rotary_dim,
+             sliding_window, scale, softcap, norm_eps, norm_is_float, settled, static_cast<sparsert::DType>(dtype)},
+            splits, dependent_launch(), pointer<void>(stream)),
+        "decode_attention");
+}
 #endif
 
 std::vector<std::string> cuda_architectures() {
@@ -129,10 +189,16 @@ PYBIND11_MODULE(_C, module) {
   module.def("linear24_cpu", &linear24_cpu);
 #ifdef SPARSERT_CUDA
   module.def("linear24_cuda", &linear24_cuda);
+  module.def("linear24_activate_cuda", &linear24_activate_cuda);
   module.def("linear24_cuda_with", &linear24_cuda_with);
   module.def("linear24_configs", &linear24_configs);
   module.def("linear24_choice", &linear24_choice);
   module.def("pack24_cuda", &pack24_cuda);
   module.def("unpack24_cuda", &unpack24_cuda);
+  module.def("residual_norm_cuda", &residual_norm_cuda);
+  module.def("residual_norm_max_width", &sparsert::residual_norm_max_width);
+  module.def("activate_cuda", &activate_cuda);
+  module.def("decode_attention_cuda", &decode_attention_cuda);
+  module.def("decode_attention_takes", &sparsert::decode_attention_takes);
 #endif
 }

@@ -17,6 +17,8 @@ constexpr int kChunk = 256;
 constexpr int kMaxSplits = 8;
 constexpr int kSmallTile = 0;  // 32 outputs, fits 99 KB of shared memory at every batch
 constexpr int kSmallTileOutputs = 32;
+constexpr int kPairTile = 3;  // 64 outputs, 2x4 warps: for batches up to 16, as the tile that it stands in for
+constexpr int kPairOutputs = 32;
 
 constexpr std::array<int, 8> kTableBatches = {1, 4, 8, 16, 24, 32, 48, 64};
 
@@ -50,7 +52,7 @@ DeviceFacts current_device_facts() {
   return {packed / 1000, packed % 1000};
 }
 
-Linear24Choice select_linear24(int M, int N, int K, const DeviceFacts& device) {
+Linear24Choice select_linear24(int M, int N, int K, const DeviceFacts& device, bool gated) {
   const int chunks = (K + kChunk - 1) / kChunk;
   const bool clusters = device.capability >= 90;
   if (device.capability < 90 || device.capability >= 120) {
@@ -70,6 +72,8 @@ Linear24Choice select_linear24(int M, int N, int K, const DeviceFacts& device) {
   }
   Linear24Choice choice = nearest->choices[std::min(batch, kTableBatches.size() - 1)];
   choice.splits = std::min(choice.splits, chunks);
+  // the only tile of 16 outputs also splits the inputs over eight warps; this is the next one that does
+  if (gated && linear24_config_outputs(choice.config) % kPairOutputs != 0) choice = {kPairTile, 1};
   return choice;
 }
 

@@ -13,7 +13,7 @@ struct DeviceFacts {
 // Of the current CUDA device; asked for once per device.
 DeviceFacts current_device_facts();
 
-// M is at most linear24_max_batch().
-Linear24Choice select_linear24(int M, int N, int K, const DeviceFacts& device);
+// M is at most linear24_max_batch(). Gated: a tile of at least a gate and its factor, 32 outputs.
+Linear24Choice select_linear24(int M, int N, int K, const DeviceFacts& device, bool gated = false);
 
 }  // namespace sparsert

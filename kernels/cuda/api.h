@@ -8,6 +8,8 @@ namespace sparsert {
 
 enum class DType : int { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
+enum class Activation : int { kNone = -1, kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu2 = 3 };
+
 struct Linear24Arguments {
   const void* values;        // [row tile][block][lane][8], 16-bit
   const uint32_t* metadata;  // see layout.cuh
@@ -17,6 +19,10 @@ struct Linear24Arguments {
   int M, N, K;               // M <= 64
   int64_t ldx;
   DType dtype;               // bf16 or fp16, of values, x, bias and y alike
+  // y = activation(sum + bias). Gated: row tiles of W are a gate's and the other factor's in turn, N is both together,
+  // y is [M, N / 2] = activation(gate) * factor, and N is a multiple of 32.
+  Activation activation = Activation::kNone;
+  bool gated = false;
 };
 
 // Which instantiation runs a problem, and over how many blocks of a cluster the inputs are split.
@@ -27,6 +33,7 @@ struct Linear24Choice {
 
 int linear24_config_count();
 const char* linear24_config_name(int config);
+int linear24_config_outputs(int config);
 // The largest batch that the kernel takes.
 int linear24_max_batch();
 int linear24(const Linear24Arguments& arguments, Linear24Choice choice, bool dependent_launch, void* stream);
@@ -51,5 +58,58 @@ struct Unpack24Arguments {
   DType dtype;
 };
 int unpack24(const Unpack24Arguments& arguments, void* stream);
+
+// stream = residual + (post_weight ? norm(x) * post_weight : x); normed = norm(stream) * weight + bias.
+struct ResidualNormArguments {
+  const void* x;            // [rows, width]
+  const void* residual;     // like x, or null: the stream is x
+  const void* weight;       // [width], float or dtype
+  const void* bias;         // [width] in the weight's type, or null
+  const void* post_weight;  // [width] in the weight's type, or null
+  void* stream_out;         // [rows, width]; null when it is x itself
+  void* normed;             // [rows, width]
+  int rows, width;          // width: multiple of 8, at most residual_norm_max_width()
+  float eps;
+  bool centered;            // LayerNorm
+  bool weight_is_float;
+  DType dtype;              // bf16 or fp16
+};
+int residual_norm_max_width();
+int residual_norm(const ResidualNormArguments& arguments, bool dependent_launch, void* stream);
+
+struct ActivateArguments {
+  const void* x;   // [rows, gated ? 2 * width : width]: gate, then up
+  void* y;         // [rows, width]
+  int rows, width; // width: multiple of 8
+  Activation kind;
+  bool gated;
+  bool interleaved;  // 16 values of the gate, 16 of the other factor, and so on; width is a multiple of 16
+  DType dtype;       // bf16 or fp16
+};
+int activate(const ActivateArguments& arguments, bool dependent_launch, void* stream);
+
+struct DecodeAttentionArguments {
+  const void* heads;         // [batch, num_heads + 2 * num_kv_heads, head_dim], row stride heads_stride elements
+  void* keys;                // [rows >= batch, num_kv_heads, cache_length, head_dim], 16-byte aligned
+  void* values;
+  const long long* lengths;  // [batch], tokens in the cache before this one
+  const void* cosine;        // [positions, rotary_dim]
+  const void* signed_sine;
+  const void* q_norm;        // [head_dim], or null
+  const void* k_norm;
+  void* out;                 // [batch, num_heads, head_dim]
+  int64_t heads_stride, cache_length;
+  int batch, num_heads, num_kv_heads, head_dim, rotary_dim;
+  int sliding_window;        // 0: none
+  float scale, softcap;      // softcap 0: none
+  float norm_eps;
+  bool norm_is_float;        // q_norm and k_norm are float instead of dtype
+  bool settled;              // lengths and earlier positions were written before the preceding kernel began
+  DType dtype;               // bf16 or fp16, of everything else
+};
+bool decode_attention_takes(int head_dim);
+// Over how many blocks of a cluster the context is split; window: positions that there may be.
+int decode_attention_splits(int batch, int num_heads, int num_kv_heads, int window, int multiprocessors, bool clusters);
+int decode_attention(const DecodeAttentionArguments& arguments, int splits, bool dependent_launch, void* stream);
 
 }  // namespace sparsert

@@ -30,6 +30,7 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "activation.cuh"
 #include "api.h"
 #include "layout.cuh"
 #include "ptx.cuh"
@@ -54,6 +55,8 @@ struct KernelArguments {
   int64_t ldx_bytes;
   int row_tiles, units, splits;
   bool x_wide;  // rows of x are 16-byte aligned; otherwise 8
+  Activation activation;
+  bool gated;
   bool x_bulk;  // the copy engine may fetch x: 16-byte aligned, and no input past K to be zeroed
 };
 
@@ -96,16 +99,25 @@ __device__ __forceinline__ void add(float4& to, const float4& v) {
 __device__ __forceinline__ void convert(__nv_bfloat16& to, float v) { to = __float2bfloat16_rn(v); }
 __device__ __forceinline__ void convert(__half& to, float v) { to = __float2half_rn(v); }
 
-// Bias, rounding and store of outputs `first`..`first`+3 of one batch row; those past N do not exist.
+// The bias of outputs `first`..`first`+3; those past N do not exist.
 template <typename T>
-__device__ __forceinline__ void store_quad(T* row, const T* bias, int first, int N, const float4& total) {
+__device__ __forceinline__ void add_bias(float4& to, const T* bias, int first, int N) {
+  if (bias == nullptr) return;
+  if (first < N) to.x += float(bias[first]);
+  if (first + 1 < N) to.y += float(bias[first + 1]);
+  if (first + 2 < N) to.z += float(bias[first + 2]);
+  if (first + 3 < N) to.w += float(bias[first + 3]);
+}
+
+// Rounding and store of outputs `first`..`first`+3 of one batch row; those past N do not exist.
+template <typename T>
+__device__ __forceinline__ void store_quad(T* row, int first, int N, const float4& total) {
   const float v[4] = {total.x, total.y, total.z, total.w};
   struct alignas(8) Quad {
     T v[4];
   } quad;
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    convert(quad.v[i], bias != nullptr && first + i < N ? v[i] + float(bias[first + i]) : v[i]);
+  for (int i = 0; i < 4; ++i) convert(quad.v[i], v[i]);
   if (N % 4 == 0) {  // rows of y are 8-byte aligned
     if (first < N) *reinterpret_cast<Quad*>(row + first) = quad;
   } else {
@@ -367,9 +379,38 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
     for (int k = 1; k < WarpsK; ++k) add(total, *reinterpret_cast<const float4*>(sums + k * S::kPlane + at));
     return total;
   };
-  auto finish = [&](int column, int row, float4 total) {
-    const int output = row_group * S::kRows + row;
-    store_quad(static_cast<T*>(p.y) + int64_t(column) * p.N, static_cast<const T*>(p.bias), output, p.N, total);
+  // Bias, activation and store of this thread's share of the tile; total_at(at) sums over everybody.
+  auto finish = [&](auto total_at, int first, int step) {
+    const T* const bias = static_cast<const T*>(p.bias);
+    T* const y = static_cast<T*>(p.y);
+    if (!p.gated) {
+      for (int i = first; i < kQuads * p.M; i += step) {
+        const int column = i / kQuads, row = i % kQuads * 4, output = row_group * S::kRows + row;
+        float4 total = total_at(column * S::kSumStride + row);
+        add_bias(total, bias, output, p.N);
+        if (p.activation != Activation::kNone) {
+          total.x = activation(p.activation, total.x);
+          total.y = activation(p.activation, total.y);
+          total.z = activation(p.activation, total.z);
+          total.w = activation(p.activation, total.w);
+        }
+        store_quad(y + int64_t(column) * p.N, output, p.N, total);
+      }
+    } else if constexpr (S::kRows % (2 * kRowTile) == 0) {  // the host picks no other tile
+      constexpr int kPairQuads = kQuads / 2;
+      for (int i = first; i < kPairQuads * p.M; i += step) {
+        const int column = i / kPairQuads, quad = i % kPairQuads;
+        const int row = quad / 4 * 2 * kRowTile + quad % 4 * 4, output = row_group * S::kRows + row;
+        float4 gate = total_at(column * S::kSumStride + row), total = total_at(column * S::kSumStride + row + kRowTile);
+        add_bias(gate, bias, output, p.N);
+        add_bias(total, bias, output + kRowTile, p.N);
+        total.x *= activation(p.activation, gate.x);
+        total.y *= activation(p.activation, gate.y);
+        total.z *= activation(p.activation, gate.z);
+        total.w *= activation(p.activation, gate.w);
+        store_quad(y + int64_t(column) * (p.N / 2), (row_group * S::kRows) / 2 + quad * 4, p.N / 2, total);
+      }
+    }
   };
 #if SPARSERT_HOPPER
   if (p.splits > 1) {
@@ -380,10 +421,8 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
       }
     }
     ptx::cluster_sync();
-    // every rank finishes its share of the tile
-    for (int i = split * S::kThreads + thread; i < kQuads * p.M; i += p.splits * S::kThreads) {
-      const int column = i / kQuads, row = i % kQuads * 4;
-      const uint32_t address = ring + (column * S::kSumStride + row) * 4;
+    auto cluster_sum = [&](int at) {
+      const uint32_t address = ring + at * 4;
       float4 part[kMaxSplits];
 #pragma unroll
       for (int s = 0; s < kMaxSplits; ++s)
@@ -392,16 +431,14 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
 #pragma unroll
       for (int s = 1; s < kMaxSplits; ++s)
         if (s < p.splits) add(total, part[s]);
-      finish(column, row, total);
-    }
+      return total;
+    };
+    finish(cluster_sum, split * S::kThreads + thread, p.splits * S::kThreads);  // every rank its share
     ptx::cluster_sync();  // nobody's shared memory goes away while another rank reads it
     return;
   }
 #endif
-  for (int i = thread; i < kQuads * p.M; i += S::kThreads) {
-    const int column = i / kQuads, row = i % kQuads * 4;
-    finish(column, row, local_sum(column * S::kSumStride + row));
-  }
+  finish(local_sum, thread, S::kThreads);
 }
 
 template <typename T, int BatchTiles, int RowTiles, int WarpsN, int WarpsK, int Stages>
@@ -453,6 +490,7 @@ cudaError_t launch(const KernelArguments& arguments, int splits, bool dependent_
 
 struct Config {
   const char* name;
+  int outputs;  // of a block
   Launcher launchers[2][4];  // [bf16, fp16][batch tiles 1, 2, 4, 8]; null where a tile was never the best
 };
 
@@ -465,7 +503,7 @@ constexpr void add_batch(Config& config, int index) {
 // RowTiles x WarpsN row tiles a block, WarpsK warps along the inputs, Stages slots; the flags say for which batches.
 template <int RowTiles, int WarpsN, int WarpsK, int Stages, bool To8, bool To16, bool To32, bool To64>
 constexpr Config make_config(const char* name) {
-  Config config = {name, {}};
+  Config config = {name, kRowTile * RowTiles * WarpsN, {}};
   if constexpr (To8) add_batch<1, RowTiles, WarpsN, WarpsK, Stages>(config, 0);
   if constexpr (To16) add_batch<2, RowTiles, WarpsN, WarpsK, Stages>(config, 1);
   if constexpr (To32) add_batch<4, RowTiles, WarpsN, WarpsK, Stages>(config, 2);
@@ -495,12 +533,15 @@ constexpr Config kConfigs[] = {
 
 int linear24_config_count() { return sizeof(kConfigs) / sizeof(kConfigs[0]); }
 const char* linear24_config_name(int config) { return kConfigs[config].name; }
+int linear24_config_outputs(int config) { return kConfigs[config].outputs; }
 int linear24_max_batch() { return 64; }
 
 int linear24(const Linear24Arguments& a, Linear24Choice choice, bool dependent_launch, void* stream) {
   if (a.M < 1 || a.M > linear24_max_batch() || a.N < 1 || a.K < 4 || a.K % 4 != 0) return cudaErrorInvalidValue;
   if (choice.config < 0 || choice.config >= linear24_config_count() || choice.splits < 1 || choice.splits > kMaxSplits ||
       a.dtype == DType::kFloat32)
+    return cudaErrorInvalidValue;
+  if (a.gated && (a.N % (2 * kRowTile) != 0 || linear24_config_outputs(choice.config) % (2 * kRowTile) != 0))
     return cudaErrorInvalidValue;
   const auto x_address = reinterpret_cast<uintptr_t>(a.x);
   if (x_address % 8 != 0 || a.ldx % 4 != 0) return cudaErrorMisalignedAddress;
@@ -518,6 +559,8 @@ int linear24(const Linear24Arguments& a, Linear24Choice choice, bool dependent_l
   arguments.row_tiles = (a.N + kRowTile - 1) / kRowTile;
   arguments.units = (a.K + kUnit - 1) / kUnit;
   arguments.splits = choice.splits;
+  arguments.activation = a.activation;
+  arguments.gated = a.gated;
   arguments.x_wide = x_address % 16 == 0 && a.ldx % 8 == 0 && a.K % 8 == 0;
   // Above 16 rows the copy engine's one request a row takes longer than 32 lanes with 16 bytes each (H100: 4096x4096
   // at batch 64 16.9 us against 15.9, 28672x4096 66 against 53).

@@ -48,6 +48,36 @@ __device__ __forceinline__ uint32_t load_shared_4(uint32_t from) {
   return v;
 }
 
+// 16 and 8 bytes past L1 that this launch reads once: keys and values.
+__device__ __forceinline__ uint4 load_stream_16(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+}
+__device__ __forceinline__ uint2 load_stream_8(const void* from) {
+  uint2 v;
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+  return v;
+}
+
+// m16n8k16 of which rows 8-15 of A are zero: eight query heads. c[2] and c[3] stay zero.
+__device__ __forceinline__ void mma_rows_8(float (&c)[4], uint32_t a_low, uint32_t a_high, uint32_t b_low,
+                                           uint32_t b_high, __nv_bfloat16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a_low), "r"(0), "r"(a_high), "r"(b_low), "r"(b_high));
+}
+__device__ __forceinline__ void mma_rows_8(float (&c)[4], uint32_t a_low, uint32_t a_high, uint32_t b_low,
+                                           uint32_t b_high, __half) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a_low), "r"(0), "r"(a_high), "r"(b_low), "r"(b_high));
+}
+
 // ::ordered_metadata: plain mma.sp may run at reduced rate (PTX ISA 8.5); our nibbles are always ordered.
 // Selector 0 takes metadata from lanes q = 0, 1 of each quad, selector 1 from lanes q = 2, 3.
 template <int Selector>
@@ -133,6 +163,13 @@ __device__ __forceinline__ float4 load_cluster(uint32_t address, int rank) {
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
                : "r"(remote)
                : "memory");
+  return v;
+}
+__device__ __forceinline__ float load_cluster_float(uint32_t address, int rank) {
+  uint32_t remote;
+  float v;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote) : "memory");
   return v;
 }
 #endif

@@ -144,7 +144,8 @@ def plain_logits(model: DecoderModel, tokens: Tensor, dtype: torch.dtype) -> Ten
 def _linear(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, LinearGroup):
         parts = [module.joined] if module.joined is not None else list(module.parts.values())
-        return torch.cat([_linear(part, x) for part in parts], dim=-1)
+        y = torch.cat([_linear(part, x) for part in parts], dim=-1)
+        return y.unflatten(-1, (-1, 2, 16)).transpose(-2, -3).flatten(-3) if module.interleaved else y
     layer: Any = module
     weight = ops.unpack(module.packed()) if isinstance(module, SparseLinear) else layer.weight
     bias = layer.bias.to(x.dtype) if layer.bias is not None else None

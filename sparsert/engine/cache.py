@@ -123,6 +123,6 @@ class DecodeAttention:
         rotary = layer.rotary
         attended = ops.decode_attention(
             heads.squeeze(1), self._cache.keys[slot], self._cache.values[slot], self._lengths, rotary.cosine,
-            rotary.signed_sine, layer.shape, self._window, layer.q_norm, layer.k_norm,
+            rotary.signed_sine, layer.shape, self._window, layer.q_norm, layer.k_norm, settled=True,
         )  # fmt: skip
         return attended.unsqueeze(1)

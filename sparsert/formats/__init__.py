@@ -7,6 +7,7 @@ from sparsert.formats.nibbles import mask_to_nibbles, nibbles_to_mask
 from sparsert.formats.packed import (
     Packed24,
     concatenate_outputs,
+    interleave_outputs,
     pack_nibbles,
     pack_reference,
     packed_kept_values,
@@ -24,6 +25,7 @@ __all__ = [
     "from_bitmask",
     "from_cutlass",
     "from_semi_structured",
+    "interleave_outputs",
     "mask_from_maskllm_bits",
     "mask_to_nibbles",
     "maskllm_bits",

@@ -239,6 +239,31 @@ def concatenate_outputs(parts: list[Packed24]) -> Packed24:
     )
 
 
+def interleave_outputs(first: Packed24, second: Packed24) -> Packed24:
+    """One packed weight in which 16 outputs of ``first`` and the same 16 of ``second`` take turns.
+
+    A kernel that has a gate's outputs and the factor's in one block can multiply them there and then.
+
+    Raises:
+        InputError: sizes, dtypes or devices differ, or the outputs are no multiple of 16.
+    """
+    if (first.out_features, first.in_features, first.dtype, first.device) != (
+        second.out_features,
+        second.in_features,
+        second.dtype,
+        second.device,
+    ):
+        raise InputError("interleave_outputs: both parts need the same shape, dtype and device")
+    if first.out_features % ROW_TILE:
+        raise InputError(f"interleave_outputs: out_features {first.out_features} is no multiple of {ROW_TILE}")
+    return Packed24(
+        torch.stack([first.values, second.values], dim=1).flatten(0, 1),
+        torch.stack([first.metadata, second.metadata], dim=1).flatten(0, 1),
+        2 * first.out_features,
+        first.in_features,
+    )
+
+
 def interleave_units(words: Tensor) -> Tensor:
     """``[row_tiles, units, 32]`` -> stored order ``[row_tiles, 32 * units]``."""
     row_tiles, units, _ = words.shape

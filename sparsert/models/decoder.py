@@ -136,7 +136,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden]`` -> the same shape."""
-        output: Tensor = self.down_proj(ops.activate(self.gate_up_proj(x), "silu", gated=True))
+        output: Tensor = self.down_proj(self.gate_up_proj.gated(x, "silu"))
         return output
 
 

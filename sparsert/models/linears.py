@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sparsert.formats import concatenate_outputs
-from sparsert.formats.packed import ROW_TILE
+from sparsert import ops
+from sparsert.formats import concatenate_outputs, interleave_outputs
+from sparsert.formats.packed import ROW_TILE, Packed24
 from sparsert.models.config import LinearShape
 from sparsert.nn import SparseLinear
 
@@ -40,24 +41,38 @@ class LinearGroup(nn.Module):
     Attributes:
         parts: the layers by name, empty once they are joined.
         joined: the one layer that stands for all parts, or None.
+        interleaved: its outputs are not those of the parts one after another but 16 of each of two in turn.
     """
 
     joined: nn.Module | None
+    interleaved: bool
 
     def __init__(self, shapes: dict[str, LinearShape]) -> None:
         super().__init__()
         self.parts = nn.ModuleDict({name: meta_linear(shape) for name, shape in shapes.items()})
         self.joined = None
+        self.interleaved = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x: [..., in_features]`` -> ``[..., sum of out_features]``, in the order of the parts."""
+        """``x: [..., in_features]`` -> ``[..., sum of out_features]``, in the order of the parts unless interleaved."""
         if self.joined is not None:
             output: Tensor = self.joined(x)
             return output
         return torch.cat([part(x) for part in self.parts.values()], dim=-1)
 
-    def join_(self) -> bool:
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """``activation(first part) * second part`` of two parts, ``[..., out_features of one]``."""
+        if self.interleaved and isinstance(self.joined, SparseLinear):
+            layer = self.joined
+            return ops.linear24_activate(x, layer.packed(), layer.bias, activation, gated=True, backend=layer.backend)
+        return ops.activate(self(x), activation, gated=True, interleaved=self.interleaved)
+
+    def join_(self, *, interleave: bool = False) -> bool:
         """Join the parts into one layer if they are of one kind; return whether they were.
+
+        Args:
+            interleave: of two packed parts of one shape, let 16 outputs take turns, so that :meth:`gated` is one
+                kernel; parts that cannot be are joined one after another.
 
         Device memory grows by the group's own size until the parts are let go at the end.
         """
@@ -65,14 +80,23 @@ class LinearGroup(nn.Module):
         sparse = [part for part in parts if isinstance(part, SparseLinear)]
         dense = [part for part in parts if isinstance(part, nn.Linear)]
         if len(sparse) == len(parts) and not any(part.out_features % ROW_TILE for part in sparse[:-1]):
-            packed = concatenate_outputs([part.packed() for part in sparse])
-            self.joined = SparseLinear.from_packed(packed, _concatenated_bias(sparse), backend=sparse[0].backend)
+            outputs = {part.out_features for part in sparse}
+            self.interleaved = interleave and len(sparse) == 2 and len(outputs) == 1 and not outputs.pop() % ROW_TILE
+            packed = (interleave_outputs if self.interleaved else _concatenate)(*(part.packed() for part in sparse))
+            bias = _concatenated_bias(sparse)
+            if self.interleaved and bias is not None:
+                bias = bias.unflatten(0, (2, -1, ROW_TILE)).transpose(0, 1).flatten()
+            self.joined = SparseLinear.from_packed(packed, bias, backend=sparse[0].backend)
         elif len(dense) == len(parts):
             self.joined = dense_linear(torch.cat([part.weight for part in dense]), _concatenated_bias(dense))
         else:
             return False
         self.parts = nn.ModuleDict()
         return True
+
+
+def _concatenate(*parts: Packed24) -> Packed24:
+    return concatenate_outputs(list(parts))
 
 
 def _concatenated_bias(parts: Sequence[SparseLinear | nn.Linear]) -> Tensor | None:

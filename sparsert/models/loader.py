@@ -105,7 +105,7 @@ def load_model(
                 place_linear(block, name, linear)
                 del linear
             block.self_attn.qkv_proj.join_()
-            block.mlp.gate_up_proj.join_()
+            block.mlp.gate_up_proj.join_(interleave=True)
     kept_dense = dense_warning(linears)
     if kept_dense:
         notes.append(kept_dense)

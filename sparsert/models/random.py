@@ -105,7 +105,7 @@ def random_model(
             for name, shape in config.block_linears().items():
                 place_linear(block, name, linear(f"model.layers.{original}.{name}", shape))
             block.self_attn.qkv_proj.join_()
-            block.mlp.gate_up_proj.join_()
+            block.mlp.gate_up_proj.join_(interleave=True)
     model.report = LoadReport(linears, ())
     return model.eval().requires_grad_(False)
 

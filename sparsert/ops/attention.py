@@ -1,14 +1,20 @@
 """Attention of one new token per text over a KV cache: head norms, rotation, append, split over the context.
 
-The reference is written out in torch and runs everywhere.
+The reference is written out in torch and runs everywhere. On a GPU one kernel does all of it, for the head widths
+that models have; :func:`explain_attention` says when it does not.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from sparsert.ops import native
+from sparsert.ops.norm import residual_norm
+from sparsert.ops.pack import dtype_code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +74,6 @@ def split_heads(
     Returns:
         q ``[..., num_heads, head_dim]``, k and v ``[..., num_kv_heads, head_dim]``.
     """
-    from sparsert.ops.norm import residual_norm
-
     q, k, v = heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=-2)
     if q_norm is not None:
         q = residual_norm(q, None, q_norm, shape.norm_eps)[1]
@@ -89,6 +93,8 @@ def decode_attention(
     window: int,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
+    *,
+    settled: bool = False,
 ) -> Tensor:
     """One decode step of one layer: norm and rotate, append to the cache, attend.
 
@@ -101,10 +107,20 @@ def decode_attention(
         shape: what the layer computes.
         window: positions of the cache that may be read; at most ``length``.
         q_norm, k_norm: as in :func:`split_heads`.
+        settled: promise that ``lengths`` and the cache were last written at least two kernels ago on this stream
+            (in a decoder a norm and a projection stand in between). The kernel then reads them while the preceding
+            one still runs.
 
     Returns:
         ``[batch, num_heads, head_dim]``, dtype of heads.
     """
+    if (
+        native.fuses(heads)
+        and explain_attention(shape, heads.device, heads.dtype) is None
+        and keys.is_contiguous()
+        and values.is_contiguous()
+    ):
+        return _cuda(heads, keys, values, lengths, cosine, signed_sine, shape, window, q_norm, k_norm, settled)
     batch, kv_heads, head_dim = heads.shape[0], shape.num_kv_heads, shape.head_dim
     q, k, v = split_heads(heads, cosine[lengths].unsqueeze(1), signed_sine[lengths].unsqueeze(1), shape, q_norm, k_norm)
     # one row of the cache for each text and head; no shape depends on a length, so this can be captured
@@ -131,3 +147,48 @@ def decode_attention(
         scores = scores.masked_fill(~visible.view(batch, 1, 1, window), -torch.inf)
         attended = scores.softmax(-1).to(heads.dtype) @ past_values
     return attended.reshape(batch, shape.num_heads, head_dim)
+
+
+def explain_attention(shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why decode attention of this shape runs on torch's operations; None when the CUDA kernel takes it."""
+    if device.type != "cuda":
+        return f"there is no attention kernel for {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the attention kernel computes in bfloat16 and float16, not in {dtype}"
+    reason = native.cuda_reason(device)
+    if reason is not None:
+        return reason
+    extension: Any = native.module()
+    if not extension.decode_attention_takes(shape.head_dim):
+        return f"the attention kernel is made for heads of 32, 64, 96, 128 and 256 values, not {shape.head_dim}"
+    return None
+
+
+def _cuda(
+    heads: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    cosine: Tensor,
+    signed_sine: Tensor,
+    shape: AttentionShape,
+    window: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    settled: bool,
+    splits: int = 0,
+) -> Tensor:
+    if heads.stride(-1) != 1 or heads.stride(-2) != shape.head_dim:
+        heads = heads.contiguous()
+    out = heads.new_empty((heads.shape[0], shape.num_heads, shape.head_dim))
+    norm_is_float = any(norm is not None and norm.dtype == torch.float32 for norm in (q_norm, k_norm))
+    extension: Any = native.module()
+    with torch.cuda.device(heads.device):
+        extension.decode_attention_cuda(
+            heads.data_ptr(), keys.data_ptr(), values.data_ptr(), lengths.data_ptr(), cosine.data_ptr(),
+            signed_sine.data_ptr(), native.address(q_norm), native.address(k_norm), out.data_ptr(), heads.stride(0),
+            keys.shape[2], heads.shape[0], shape.num_heads, shape.num_kv_heads, shape.head_dim, cosine.shape[-1],
+            shape.sliding_window or 0, shape.scale, shape.softcap or 0.0, shape.norm_eps, norm_is_float, settled,
+            window, splits, dtype_code(heads.dtype), native.stream(heads.device),
+        )  # fmt: skip
+    return out

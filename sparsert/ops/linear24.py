@@ -18,6 +18,7 @@ from torch import Tensor
 from sparsert.errors import InputError
 from sparsert.formats.packed import PACKED_DTYPES, Packed24, unpack_reference
 from sparsert.ops import native
+from sparsert.ops.activation import ACTIVATIONS, activate
 from sparsert.ops.choice import Choice, choose
 from sparsert.ops.pack import choose_packer, dtype_code, unpack_into
 
@@ -52,10 +53,13 @@ def _cpu_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """Rows of x must be contiguous inside and 8-byte aligned; a sliced activation that is not is copied."""
+    return x.contiguous() if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8 else x
+
+
 def _mma_sp_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, rows: int, columns: int) -> Tensor:
-    # rows of x must be contiguous inside and 8-byte aligned; a sliced activation that is not is copied
-    if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
-        x = x.contiguous()
+    x = _aligned(x)
     y = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
     extension: Any = native.module()
     with torch.cuda.device(x.device):
@@ -183,6 +187,44 @@ def linear24(x: Tensor, packed: Packed24, bias: Tensor | None = None, *, backend
         x, packed.values, packed.metadata, bias, packed.out_features, packed.in_features, backend
     )
     return y
+
+
+def linear24_activate(
+    x: Tensor, packed: Packed24, bias: Tensor | None, kind: str, *, gated: bool, backend: str = "auto"
+) -> Tensor:
+    """A packed linear layer and the activation behind it; on a GPU one kernel for both, up to batch 64.
+
+    Args:
+        x: ``[..., in_features]``, as for :func:`linear24`.
+        packed: the weight. If ``gated``, gate and up with their row tiles in turn: 16 outputs of the gate, the
+            same 16 of up, and so on (:func:`sparsert.formats.interleave_outputs`); ``out_features`` is both together.
+        bias: ``[out_features]`` in the weight's order, or None.
+        kind: one of :data:`sparsert.ops.ACTIVATIONS`.
+        gated: return ``activation(gate) * up``.
+
+    Returns:
+        ``[..., out_features]``, or half as many values if ``gated``; dtype of x. Inference only on the fused path:
+        where a gradient is wanted, layer and activation run one after the other.
+
+    Raises:
+        InputError, UnsupportedError: as for :func:`linear24`; an unknown activation.
+    """
+    if kind not in ACTIVATIONS:
+        raise InputError(f"activation {kind!r} is not known; choose of {', '.join(ACTIVATIONS)}")
+    rows = x.numel() // packed.in_features if packed.in_features else 0
+    if not (native.fuses(x) and rows and choose(x.device, x.dtype, rows, backend).kernel == "mma_sp"):
+        return activate(linear24(x, packed, bias, backend=backend), kind, gated=gated, interleaved=True)
+    check_linear24(x, packed, bias)
+    flat = _aligned(x.reshape(-1, packed.in_features))
+    y = torch.empty((rows, packed.out_features // (2 if gated else 1)), dtype=x.dtype, device=x.device)
+    extension: Any = native.module()
+    with torch.cuda.device(x.device):
+        extension.linear24_activate_cuda(
+            packed.values.data_ptr(), packed.metadata.data_ptr(), flat.data_ptr(), native.address(bias), y.data_ptr(),
+            rows, packed.out_features, packed.in_features, flat.stride(0), ACTIVATIONS.index(kind), gated,
+            dtype_code(x.dtype), native.stream(x.device),
+        )  # fmt: skip
+    return y.view((*x.shape[:-1], y.shape[-1]))
 
 
 def explain(

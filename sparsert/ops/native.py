@@ -74,3 +74,23 @@ def cuda_reason(device: torch.device) -> str | None:
 def stream(device: torch.device) -> int:
     """The current CUDA stream of ``device`` as an integer handle."""
     return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def fuses(x: torch.Tensor) -> bool:
+    """Whether the CUDA kernels of a step (norm, activation, attention) take ``x``.
+
+    They compute in bfloat16 and float16 and know no gradients; where one is wanted, and inside a compiler that
+    cannot look into them, torch's operations run.
+    """
+    return (
+        x.is_cuda
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not torch.compiler.is_compiling()
+        and cuda_reason(x.device) is None
+    )
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Address of a tensor's first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -8,8 +8,16 @@ Source: Zhang & Sennrich, "Root Mean Square Layer Normalization" (2019); Ba et a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from sparsert.ops import native
+from sparsert.ops.pack import dtype_code
+
+#: The kernel reads 16 bytes at a time.
+_VECTOR = 8
 
 
 def residual_norm(
@@ -40,6 +48,8 @@ def residual_norm(
     Returns:
         (stream, normed), both like x. The stream is rounded to x's dtype before it is normed.
     """
+    if _takes(x, weight, bias, post_weight):
+        return _cuda(x, residual, weight, eps, bias, post_weight, centered)
     if post_weight is not None:
         x = _norm(x, post_weight, None, eps, centered)
     stream = x if residual is None else residual + x
@@ -56,3 +66,36 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centered: 
     if weight.dtype == x.dtype:
         return weight * exact.to(x.dtype)
     return (weight.float() * exact).to(x.dtype)
+
+
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None, post_weight: Tensor | None) -> bool:
+    """Whether the CUDA kernel runs it; a width that is no multiple of 8 is left to torch."""
+    if not native.fuses(x) or x.shape[-1] % _VECTOR or x.numel() == 0:
+        return False
+    extension: Any = native.module()
+    same_type = all(tensor is None or tensor.dtype == weight.dtype for tensor in (bias, post_weight))
+    return weight.dtype in (x.dtype, torch.float32) and same_type and x.shape[-1] <= extension.residual_norm_max_width()
+
+
+def _cuda(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    bias: Tensor | None,
+    post_weight: Tensor | None,
+    centered: bool,
+) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    changes = residual is not None or post_weight is not None
+    stream, normed = torch.empty_like(x) if changes else x, torch.empty_like(x)
+    extension: Any = native.module()
+    with torch.cuda.device(x.device):
+        extension.residual_norm_cuda(
+            x.data_ptr(), native.address(residual), weight.data_ptr(), native.address(bias),
+            native.address(post_weight), stream.data_ptr() if changes else 0, normed.data_ptr(),
+            x.numel() // x.shape[-1], x.shape[-1], eps,
+            centered, weight.dtype == torch.float32, dtype_code(x.dtype), native.stream(x.device),
+        )  # fmt: skip
+    return stream, normed

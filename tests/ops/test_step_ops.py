@@ -1,0 +1,284 @@
+"""Norm, activation, gated linear and decode attention: torch's operations everywhere, the CUDA kernels on a GPU.
+
+What is right is written out here in float64, apart from the code under test.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as functional
+from random_24 import random_24
+from torch import Tensor
+
+from sparsert import ops
+from sparsert.errors import InputError
+from sparsert.formats import interleave_outputs
+from sparsert.ops import native
+
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+DEVICES = ["cpu", GPU]
+
+
+def dtypes_of(device: str) -> list[torch.dtype]:
+    return [torch.float32] if device == "cpu" else [torch.bfloat16, torch.float16, torch.float32]
+
+
+def assert_close(found: Tensor, exact: Tensor, roundings: float = 4, what: str = "") -> None:
+    """The rms error is a few roundings of the format."""
+    assert found.shape == exact.shape
+    error = (found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt().clamp(min=1e-30)
+    assert float(error) <= roundings * torch.finfo(found.dtype).eps, (float(error), what)
+
+
+# ------------------------------------------------------------------------------------------------------------ norm
+
+
+def exact_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centered: bool) -> Tensor:
+    x = x.double()
+    if centered:
+        x = x - x.mean(-1, keepdim=True)
+    y = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("width", [8, 64, 576, 1000, 4096, 9216])
+@pytest.mark.parametrize("kind", ["rms", "rms in float", "post", "layer"])
+def test_residual_norm(device: str, width: int, kind: str) -> None:
+    generator = torch.Generator().manual_seed(width)
+    for dtype in dtypes_of(device):
+        for rows in ((1,), (3, 5)):
+
+            def random(*shape: int, of: torch.dtype = dtype) -> Tensor:
+                return torch.randn(*shape, generator=generator).to(device, of)
+
+            x, residual = random(*rows, width) + 0.5, random(*rows, width)
+            of = torch.float32 if kind != "rms" else dtype
+            weight = random(width, of=of) + 1
+            bias = random(width, of=of) if kind == "layer" else None
+            post = random(width, of=of) + 1 if kind == "post" else None
+            centered = kind == "layer"
+            stream, normed = ops.residual_norm(
+                x, residual, weight, 1e-5, bias=bias, post_weight=post, centered=centered
+            )
+            added = x.double() if post is None else exact_norm(x, post, None, 1e-5, centered)
+            assert_close(stream, residual.double() + added)
+            # of the stream as it is stored
+            assert_close(normed, exact_norm(stream, weight, bias, 1e-5, centered))
+            same, normed = ops.residual_norm(x, None, weight, 1e-5, bias=bias, centered=centered)
+            assert torch.equal(same, x)
+            assert_close(normed, exact_norm(x, weight, bias, 1e-5, centered))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_layer_norm_of_a_large_mean(device: str) -> None:
+    """The variance of numbers far from zero is not lost."""
+    x = torch.randn(4, 512, generator=torch.Generator().manual_seed(0)).add_(100).to(device)
+    x = x.half() if device == "cuda" else x
+    weight = torch.ones(512, device=device)
+    normed = ops.residual_norm(x, None, weight, 1e-5, centered=True)[1]
+    assert_close(normed, exact_norm(x, weight, None, 1e-5, True), roundings=50 if device == "cpu" else 4)
+
+
+def test_norm_has_gradients() -> None:
+    x = torch.randn(2, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(16, dtype=torch.float64, requires_grad=True)
+    ops.residual_norm(x.float(), None, weight.float(), 1e-5)[1].sum().backward()
+    assert x.grad is not None and weight.grad is not None
+
+
+# ------------------------------------------------------------------------------------------------------ activation
+
+
+def exact_activation(x: Tensor, kind: str) -> Tensor:
+    x = x.double()
+    if kind == "silu":
+        return x / (1 + (-x).exp())
+    if kind == "relu2":
+        return x.clamp(min=0).square()
+    if kind == "gelu":
+        return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ops.ACTIVATIONS)
+def test_activate(device: str, kind: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for dtype in dtypes_of(device):
+        for width in (16, 48, 1000, 14336):
+            x = (3 * torch.randn(5, 2 * width, generator=generator)).to(device, dtype)
+            gate, up = x.double().chunk(2, dim=-1)
+            assert_close(ops.activate(x, kind, gated=True), exact_activation(gate, kind) * up)
+            assert_close(ops.activate(x, kind, gated=False), exact_activation(x, kind))
+            if width % 16 == 0:
+                turns = torch.stack([part.unflatten(-1, (-1, 16)) for part in x.chunk(2, dim=-1)], dim=-2).flatten(-3)
+                assert torch.equal(
+                    ops.activate(turns, kind, gated=True, interleaved=True), ops.activate(x, kind, gated=True)
+                )
+
+
+def test_unknown_activation() -> None:
+    with pytest.raises(InputError, match="'swish' is not known; choose of silu, gelu, gelu_tanh, relu2"):
+        ops.activate(torch.ones(2), "swish", gated=False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+def test_linear_with_gate(device: str, kind: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(48, 96), (160, 64)] if device == "cpu" else [(48, 96), (1536, 576), (11008, 4096), (592, 260)]
+    for dtype in dtypes_of(device):
+        for width, columns in shapes:
+            gate, up = (random_24(width, columns, dtype=dtype, device=device) for _ in range(2))
+            packed = interleave_outputs(ops.pack(gate), ops.pack(up))
+            assert torch.equal(ops.unpack(packed).unflatten(0, (-1, 2, 16))[:, 1].flatten(0, 1), up)
+            for batch in (1, 3, 8, 16, 17, 64, 70):
+                x = torch.randn(batch, columns, generator=generator).to(device, dtype)
+                bias = torch.randn(2 * width, generator=generator).to(device, dtype)
+                found = ops.linear24_activate(x, packed, bias, kind, gated=True)
+                turns = bias.double().unflatten(0, (-1, 2, 16))
+                sums = [
+                    functional.linear(x.double(), weight.double()) + turns[:, place].flatten()
+                    for place, weight in enumerate((gate, up))
+                ]
+                exact = exact_activation(sums[0], kind) * sums[1]
+                plain = ops.activate(ops.linear24(x, packed, bias), kind, gated=True, interleaved=True)
+                error, plain_error = ((y.double() - exact).norm() for y in (found, plain))
+                assert error <= plain_error * 1.5 + 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_linear_with_activation(device: str) -> None:
+    for dtype in dtypes_of(device):
+        weight = random_24(100, 64, dtype=dtype, device=device)
+        for batch in (1, 16, 33):
+            x = torch.randn(batch, 64, device=device).to(dtype)
+            found = ops.linear24_activate(x, ops.pack(weight), None, "relu2", gated=False)
+            exact = exact_activation(functional.linear(x.double(), weight.double()), "relu2")
+            assert_close(found, exact, roundings=8)
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+
+def exact_attention(
+    heads: Tensor, keys: Tensor, values: Tensor, length: int, angles: Tensor, shape: ops.AttentionShape,
+    q_norm: Tensor | None, k_norm: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One text in float64: (attended [heads, dim], new key, new value [kv_heads, dim])."""
+
+    def turn(x: Tensor) -> Tensor:
+        half = shape.rotary_dim // 2
+        a, b = x[..., :half], x[..., half : 2 * half]
+        cosine, sine = angles.cos(), angles.sin()
+        return torch.cat([a * cosine - b * sine, b * cosine + a * sine, x[..., 2 * half :]], dim=-1)
+
+    def norm(x: Tensor, weight: Tensor | None) -> Tensor:
+        return x if weight is None else exact_norm(x, weight, None, shape.norm_eps, False)
+
+    q, k, v = heads.double().split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads])
+    q, k = turn(norm(q, q_norm)), turn(norm(k, k_norm))
+    begin = 0 if shape.sliding_window is None else max(0, length + 1 - shape.sliding_window)
+    group = shape.num_heads // shape.num_kv_heads
+    attended = []
+    for head in range(shape.num_heads):
+        seen = torch.cat([keys[head // group, :length].double(), k[head // group].unsqueeze(0)])[begin:]
+        scores = seen @ q[head] * shape.scale
+        if shape.softcap is not None:
+            scores = shape.softcap * torch.tanh(scores / shape.softcap)
+        seen = torch.cat([values[head // group, :length].double(), v[head // group].unsqueeze(0)])[begin:]
+        attended.append(scores.softmax(0) @ seen)
+    return torch.stack(attended), k, v
+
+
+SHAPES = {
+    "one head a key": ops.AttentionShape(4, 4, 64, 64, 0.125),
+    "group 3": ops.AttentionShape(9, 3, 64, 64, 0.125),
+    "group 4": ops.AttentionShape(32, 8, 128, 128, 128**-0.5),
+    "group 6, partial rotation": ops.AttentionShape(24, 4, 96, 48, 96**-0.5),
+    "group 8": ops.AttentionShape(16, 2, 128, 128, 128**-0.5),
+    "group 12": ops.AttentionShape(24, 2, 32, 32, 32**-0.5),
+    "wide heads, window": ops.AttentionShape(8, 4, 256, 256, 1 / 16, sliding_window=37),
+    "softcap": ops.AttentionShape(8, 4, 256, 256, 1 / 16, softcap=20.0),
+    "window of one": ops.AttentionShape(4, 2, 64, 64, 0.125, sliding_window=1),
+    "a width without a kernel": ops.AttentionShape(6, 2, 40, 20, 40**-0.5),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("normed", [False, True])
+def test_decode_attention(device: str, name: str, normed: bool) -> None:
+    shape = SHAPES[name]
+    generator = torch.Generator().manual_seed(3)
+    lengths = [0, 1, 15, 16, 17, 100, 299] if device == "cpu" else [0, 1, 15, 16, 63, 64, 200, 511, 1000, 2047]
+    capacity = max(lengths) + 5
+    window = capacity - 3
+    frequencies = 1 / 10000 ** (torch.arange(shape.rotary_dim // 2, dtype=torch.float64) / (shape.rotary_dim // 2))
+    angles = torch.outer(torch.arange(capacity, dtype=torch.float64), frequencies)
+    for dtype in dtypes_of(device):
+
+        def random(*sizes: int, of: torch.dtype = dtype) -> Tensor:
+            return torch.randn(*sizes, generator=generator).to(device, of)
+
+        rows = len(lengths)
+        heads = random(rows, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
+        keys, values = (random(rows + 1, shape.num_kv_heads, capacity, shape.head_dim) for _ in range(2))
+        q_norm, k_norm = (random(shape.head_dim, of=torch.float32) + 1 if normed else None for _ in range(2))
+        cosine = angles.cos().repeat(1, 2).to(device, dtype)
+        signed_sine = torch.cat([-angles.sin(), angles.sin()], dim=1).to(device, dtype)
+        for row, length in enumerate(lengths):  # whatever lies behind a text must not be seen
+            keys[row, :, length:] = torch.nan if device == "cuda" and takes(shape, dtype) else 1e4
+            values[row, :, length:] = torch.nan if device == "cuda" and takes(shape, dtype) else 1e4
+        before = keys.clone(), values.clone()
+        there = torch.tensor(lengths, device=device)
+        results = {
+            "default": ops.decode_attention(
+                heads, keys, values, there, cosine, signed_sine, shape, window, q_norm, k_norm
+            )
+        }
+        if device == "cuda" and takes(shape, dtype):
+            from sparsert.ops.attention import _cuda
+
+            for splits in (1, 2, 4, 8, 16):
+                for settled in (False, True):
+                    keys, values = before[0].clone(), before[1].clone()
+                    torch.cuda.synchronize()
+                    results[f"{splits} blocks, settled {settled}"] = _cuda(
+                        heads, keys, values, there, cosine, signed_sine, shape, window, q_norm, k_norm, settled, splits
+                    )
+        for row, length in enumerate(lengths):
+            exact, k, v = exact_attention(
+                heads[row], before[0][row], before[1][row], length, angles[length].to(device), shape, q_norm, k_norm
+            )
+            for how, attended in results.items():
+                assert_close(attended[row], exact, roundings=40 if dtype == torch.float32 else 8, what=how)
+            assert_close(keys[row, :, length], k, roundings=8)
+            assert torch.equal(values[row, :, length].double(), v)
+        for now, then in zip((keys, values), before, strict=True):
+            untouched = torch.ones(now.shape[0], now.shape[2], dtype=torch.bool)
+            untouched[torch.arange(rows), torch.tensor(lengths)] = False
+            same = (now == then) | (now.isnan() & then.isnan())
+            assert bool(same.transpose(1, 2)[untouched.to(device)].all()), "only the new positions are written"
+
+
+def takes(shape: ops.AttentionShape, dtype: torch.dtype) -> bool:
+    return ops.explain_attention(shape, torch.device("cuda"), dtype) is None
+
+
+@pytest.mark.gpu
+def test_decode_attention_has_a_kernel() -> None:
+    """On a GPU with the extension the kernels are what runs, not their references."""
+    x = torch.ones(1, 8, device="cuda", dtype=torch.bfloat16)
+    assert native.fuses(x) == (native.cuda_reason(x.device) is None)
+    assert not native.fuses(x.float()) and not native.fuses(x.clone().requires_grad_())
+    assert takes(SHAPES["group 3"], torch.float16) == native.fuses(x)
+
+
+def test_why_attention_has_no_kernel() -> None:
+    shape = SHAPES["a width without a kernel"]
+    assert "cpu" in str(ops.explain_attention(shape, torch.device("cpu"), torch.float32))
