@@ -66,24 +66,32 @@ void linear24_cuda(uintptr_t values, uintptr_t metadata, uintptr_t x, uintptr_t 
         "linear24");
 }
 
-void linear24_activate_cuda(uintptr_t values, uintptr_t metadata, uintptr_t x, uintptr_t bias, uintptr_t y, int M, int N,
-                            int K, int64_t ldx, int activation, bool gated, int dtype, uintptr_t stream) {
-  const sparsert::Linear24Arguments arguments{pointer<void>(values),
-                                              pointer<uint32_t>(metadata),
-                                              pointer<void>(x),
-                                              pointer<void>(bias),
-                                              pointer<void>(y),
-                                              M,
-                                              N,
-                                              K,
-                                              ldx,
-                                              static_cast<sparsert::DType>(dtype),
-                                              static_cast<sparsert::Activation>(activation),
-                                              gated};
+// A layer inside a decode step: an activation behind it, a norm's division in front of it, or the end of a sub-block.
+void linear24_step_cuda(uintptr_t values, uintptr_t metadata, uintptr_t x, uintptr_t bias, uintptr_t y, int M, int N,
+                        int K, int64_t ldx, int activation, bool gated, uintptr_t squares_in, int squares_parts,
+                        float eps, uintptr_t residual, uintptr_t norm_weight, uintptr_t weighted, uintptr_t squares_out,
+                        int dtype, uintptr_t stream) {
+  sparsert::Linear24Arguments arguments{pointer<void>(values), pointer<uint32_t>(metadata), pointer<void>(x),
+                                        pointer<void>(bias),   pointer<void>(y),            M, N, K, ldx,
+                                        static_cast<sparsert::DType>(dtype)};
+  arguments.activation = static_cast<sparsert::Activation>(activation);
+  arguments.gated = gated;
+  arguments.squares_in = pointer<float>(squares_in);
+  arguments.squares_parts = squares_parts;
+  arguments.eps = eps;
+  arguments.residual = pointer<void>(residual);
+  arguments.norm_weight = pointer<void>(norm_weight);
+  arguments.weighted = pointer<void>(weighted);
+  arguments.squares_out = pointer<float>(squares_out);
   const sparsert::DeviceFacts device = sparsert::current_device_facts();
   check(sparsert::linear24(arguments, sparsert::select_linear24(M, N, K, device, gated), device.capability >= 90,
                            pointer<void>(stream)),
         "linear24");
+}
+
+// Parts of the squares that linear24_step_cuda writes for each batch row.
+int linear24_parts(int M, int N, int K) {
+  return sparsert::linear24_blocks(sparsert::select_linear24(M, N, K, sparsert::current_device_facts()), N);
 }
 
 // One named tile instead of the chosen one: for tuning and for tests that cover every tile.
@@ -189,7 +197,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("linear24_cpu", &linear24_cpu);
 #ifdef SPARSERT_CUDA
   module.def("linear24_cuda", &linear24_cuda);
-  module.def("linear24_activate_cuda", &linear24_activate_cuda);
+  module.def("linear24_step_cuda", &linear24_step_cuda);
+  module.def("linear24_parts", &linear24_parts);
+  module.def("linear24_override", &sparsert::override_linear24);
   module.def("linear24_cuda_with", &linear24_cuda_with);
   module.def("linear24_configs", &linear24_configs);
   module.def("linear24_choice", &linear24_choice);

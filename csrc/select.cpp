@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <map>
 
 // On Hopper and datacentre Blackwell a small measured table decides; a shape that is not in it takes the choice of
 // the nearest one that is, where near means a small ratio of outputs and of inputs. Nothing is tuned at run time.
@@ -30,6 +31,9 @@ struct TableRow {
 constexpr TableRow kTable[] = {
 #include "linear24_table.inc"
 };
+
+// (N, K, place of the batch) -> choice; empty but while tuning
+std::map<std::array<int, 3>, Linear24Choice> overrides;
 
 double ratio(int a, int b) { return a > b ? double(a) / b : double(b) / a; }
 
@@ -61,6 +65,10 @@ Linear24Choice select_linear24(int M, int N, int K, const DeviceFacts& device, b
     return {kSmallTile, clusters ? std::clamp(wanted, 1, std::min(kMaxSplits, chunks)) : 1};
   }
   const size_t batch = std::lower_bound(kTableBatches.begin(), kTableBatches.end(), M) - kTableBatches.begin();
+  if (!overrides.empty()) {
+    const auto found = overrides.find({N, K, static_cast<int>(std::min(batch, kTableBatches.size() - 1))});
+    if (found != overrides.end()) return found->second;
+  }
   const TableRow* nearest = kTable;
   double distance = 1e300;
   for (const TableRow& row : kTable) {
@@ -75,6 +83,15 @@ Linear24Choice select_linear24(int M, int N, int K, const DeviceFacts& device, b
   // the only tile of 16 outputs also splits the inputs over eight warps; this is the next one that does
   if (gated && linear24_config_outputs(choice.config) % kPairOutputs != 0) choice = {kPairTile, 1};
   return choice;
+}
+
+void override_linear24(int N, int K, int batch, int config, int splits) {
+  const size_t place = std::lower_bound(kTableBatches.begin(), kTableBatches.end(), batch) - kTableBatches.begin();
+  const std::array<int, 3> key = {N, K, static_cast<int>(std::min(place, kTableBatches.size() - 1))};
+  if (config < 0)
+    overrides.erase(key);
+  else
+    overrides[key] = {config, splits};
 }
 
 }  // namespace sparsert

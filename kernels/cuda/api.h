@@ -23,6 +23,17 @@ struct Linear24Arguments {
   // y is [M, N / 2] = activation(gate) * factor, and N is a multiple of 32.
   Activation activation = Activation::kNone;
   bool gated = false;
+  // The division of an RMSNorm that the layer before left to this one: x is the stream times the norm's weight, and the
+  // result of each batch row is scaled by 1 / sqrt(sum of its parts / K + eps), before the bias.
+  const float* squares_in = nullptr;  // [M, squares_parts]
+  int squares_parts = 0;
+  float eps = 0;
+  // The other end of it: y = residual + sum + bias is the new stream, weighted = y * norm_weight the next layer's x, and
+  // squares_out its parts, one a block. N is a multiple of 8; no activation. All null, or none.
+  const void* residual = nullptr;     // [M, N]
+  const void* norm_weight = nullptr;  // [N]
+  void* weighted = nullptr;           // [M, N]
+  float* squares_out = nullptr;       // [M, linear24_blocks()]
 };
 
 // Which instantiation runs a problem, and over how many blocks of a cluster the inputs are split.
@@ -34,6 +45,8 @@ struct Linear24Choice {
 int linear24_config_count();
 const char* linear24_config_name(int config);
 int linear24_config_outputs(int config);
+// Blocks of a launch.
+int linear24_blocks(Linear24Choice choice, int N);
 // The largest batch that the kernel takes.
 int linear24_max_batch();
 int linear24(const Linear24Arguments& arguments, Linear24Choice choice, bool dependent_launch, void* stream);

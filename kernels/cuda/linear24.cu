@@ -55,12 +55,19 @@ struct KernelArguments {
   int64_t ldx_bytes;
   int row_tiles, units, splits;
   bool x_wide;  // rows of x are 16-byte aligned; otherwise 8
+  const float* squares_in;  // [M][squares_parts]
+  const void* residual;
+  const void* norm_weight;
+  void* weighted;
+  float* squares_out;  // [M][blocks]
+  int squares_parts;
+  float eps;
   Activation activation;
   bool gated;
   bool x_bulk;  // the copy engine may fetch x: 16-byte aligned, and no input past K to be zeroed
 };
 
-template <int BatchTiles, int RowTiles, int WarpsN, int WarpsK, int Stages>
+template <int BatchTiles, int RowTiles, int WarpsN, int WarpsK, int Stages, int XStages>
 struct Shape {
   static constexpr int kWarps = WarpsN * WarpsK;
   static constexpr int kThreads = 32 * kWarps;
@@ -69,13 +76,16 @@ struct Shape {
   static constexpr int kWeightStageBytes = kWarps * kWarpBytes;
   static constexpr int kGroupActivationBytes = BatchTiles * 8 * kActivationRowBytes;
   static constexpr int kActivationStageBytes = WarpsK * kGroupActivationBytes;
-  static constexpr int kRingBytes = Stages * (kWeightStageBytes + kActivationStageBytes);
+  static constexpr int kRingBytes = Stages * kWeightStageBytes + XStages * kActivationStageBytes;
   // Row stride of the partial sums, in floats: 4 mod 16 keeps the four batch columns of a quad in different banks.
   static constexpr int kSumStride = kRows + 4;
   static constexpr int kPlane = BatchTiles * 8 * kSumStride;  // floats of one warp_k
-  static constexpr int kSumBytes = WarpsK * kPlane * 4;
-  static constexpr int kBarrierBytes = Stages * (kWarps + WarpsK) * 8;
-  static constexpr int kSharedBytes = (kRingBytes > kSumBytes ? kRingBytes : kSumBytes) + kBarrierBytes;
+  static constexpr int kSquares = BatchTiles * 8 * (kRows / 4);  // floats: sums of squares of four outputs each
+  static constexpr int kSumBytes = (WarpsK * kPlane + kSquares) * 4;
+  static constexpr int kBarrierBytes = (Stages * kWarps + XStages * WarpsK) * 8;
+  static constexpr int kScaleBytes = BatchTiles * 8 * 4;
+  static constexpr int kMainBytes = kRingBytes > kSumBytes ? kRingBytes : kSumBytes;
+  static constexpr int kSharedBytes = kMainBytes + kBarrierBytes + kScaleBytes;
 };
 
 template <int Value>
@@ -127,6 +137,39 @@ __device__ __forceinline__ void store_quad(T* row, int first, int N, const float
   }
 }
 
+__device__ __forceinline__ void scale(float4& v, float by) {
+  v.x *= by;
+  v.y *= by;
+  v.z *= by;
+  v.w *= by;
+}
+
+// The end of a sub-block for four outputs of one batch row: add to the residual stream, weight for the next norm. Both
+// are rounded; returned is the sum of squares of the stream as it is stored. N is a multiple of 4.
+template <typename T>
+__device__ __forceinline__ float close_block(const KernelArguments& p, int row, int first, const float4& total) {
+  if (first >= p.N) return 0;
+  struct alignas(8) Quad {
+    T v[4];
+  };
+  const int64_t at = int64_t(row) * p.N + first;
+  const Quad residual = *reinterpret_cast<const Quad*>(static_cast<const T*>(p.residual) + at);
+  const Quad weight = *reinterpret_cast<const Quad*>(static_cast<const T*>(p.norm_weight) + first);
+  const float v[4] = {total.x, total.y, total.z, total.w};
+  Quad stream, weighted;
+  float squares = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    convert(stream.v[i], v[i] + float(residual.v[i]));
+    const float stored = float(stream.v[i]);
+    convert(weighted.v[i], stored * float(weight.v[i]));
+    squares += stored * stored;
+  }
+  *reinterpret_cast<Quad*>(static_cast<T*>(p.y) + at) = stream;
+  *reinterpret_cast<Quad*>(static_cast<T*>(p.weighted) + at) = weighted;
+  return squares;
+}
+
 // Shared memory that a block may have on the GPU being compiled for.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
 constexpr int kSharedLimit = 227 * 1024;
@@ -134,9 +177,9 @@ constexpr int kSharedLimit = 227 * 1024;
 constexpr int kSharedLimit = 99 * 1024;
 #endif
 
-template <typename T, int BatchTiles, int RowTiles, int WarpsN, int WarpsK, int Stages>
+template <typename T, int BatchTiles, int RowTiles, int WarpsN, int WarpsK, int Stages, int XStages>
 __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigned char* shared) {
-  using S = Shape<BatchTiles, RowTiles, WarpsN, WarpsK, Stages>;
+  using S = Shape<BatchTiles, RowTiles, WarpsN, WarpsK, Stages, XStages>;
   const uint32_t ring = ptx::shared_address(shared);
   const uint32_t activations = ring + Stages * S::kWeightStageBytes;
 
@@ -153,9 +196,9 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
   const int64_t tile_metadata_bytes = int64_t(p.units) * kMetadataUnitBytes;
   const uint32_t my_ring = ring + warp * S::kWarpBytes;
 #if SPARSERT_HOPPER
-  const uint32_t barriers = ring + (S::kRingBytes > S::kSumBytes ? S::kRingBytes : S::kSumBytes);
-  const uint32_t my_barriers = barriers + warp * Stages * 8;                         // weights: one set a warp
-  const uint32_t x_barriers = barriers + (S::kWarps + warp_k) * Stages * 8;  // activations: one set a warp_k
+  const uint32_t barriers = ring + S::kMainBytes;
+  const uint32_t my_barriers = barriers + warp * Stages * 8;                                    // weights: a set a warp
+  const uint32_t x_barriers = barriers + (S::kWarps * Stages + warp_k * XStages) * 8;  // activations: a set a warp_k
   const uint64_t policy = ptx::policy_evict_first();
 #endif
 
@@ -212,7 +255,7 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
   auto request_activations = [&](int step) {
 #if SPARSERT_HOPPER
     if (p.x_bulk) {
-      const int units = units_at(step), slot = step % Stages;
+      const int units = units_at(step), slot = step % XStages;
       if (warp_n != 0 || units == 0) return;
       if (lane == 0) ptx::barrier_expect(x_barriers + slot * 8, p.M * units * kUnit * 2);
       __syncwarp();
@@ -228,7 +271,7 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
     for (int group = 0; group < WarpsK; ++group) {
       const int chunk = chunk_begin + step * WarpsK + group;
       if (chunk >= chunk_end) break;
-      const uint32_t to = activations + step % Stages * S::kActivationStageBytes + group * S::kGroupActivationBytes;
+      const uint32_t to = activations + step % XStages * S::kActivationStageBytes + group * S::kGroupActivationBytes;
       const int begin = chunk * kChunk * 2, end = p.K * 2;
       // pointers step from row to row: a 64-bit product per copy would cost more instructions than the mma of a step
       if (p.x_wide) {
@@ -259,10 +302,9 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
 
 #if SPARSERT_HOPPER
   if (lane == 0) {
-    for (int s = 0; s < Stages; ++s) {
-      ptx::barrier_init(my_barriers + s * 8, 1);
-      if (warp_n == 0) ptx::barrier_init(x_barriers + s * 8, 1);
-    }
+    for (int s = 0; s < Stages; ++s) ptx::barrier_init(my_barriers + s * 8, 1);
+    if (warp_n == 0)
+      for (int s = 0; s < XStages; ++s) ptx::barrier_init(x_barriers + s * 8, 1);
     ptx::barrier_init_fence();
     for (int s = 0; s < Stages - 1 && s < steps; ++s) request_weights(s);
   }
@@ -270,7 +312,8 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
   ptx::launch_dependents();
   ptx::wait_dependency();
 #endif
-  for (int s = 0; s < Stages - 1; ++s) {
+  static_assert(SPARSERT_HOPPER || Stages == XStages, "before Hopper one commit group is one stage of both");
+  for (int s = 0; s < XStages - 1; ++s) {
     if (s < steps) {
 #if !SPARSERT_HOPPER
       request_weights(s);
@@ -280,29 +323,39 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
     ptx::copy_async_commit();
   }
 
+  // 1 / rms of each batch row, while its values are under way: the norm's division, left to this layer
+  float* const scales = reinterpret_cast<float*>(shared + S::kMainBytes + S::kBarrierBytes);
+  if (p.squares_in != nullptr) {
+    for (int column = warp; column < p.M; column += S::kWarps) {
+      float squares = 0;
+      for (int i = lane; i < p.squares_parts; i += 32) squares += p.squares_in[column * p.squares_parts + i];
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(0xffffffff, squares, offset);
+      if (lane == 0) scales[column] = rsqrtf(squares / p.K + p.eps);
+    }
+  }
+
   float sum[RowTiles][BatchTiles][4] = {};
   // Lane l of an ldmatrix.x4 gives the address of row l % 8 of matrix l / 8: batch row, 8 inputs further per matrix.
   const uint32_t my_activations =
       activations + warp_k * S::kGroupActivationBytes + (lane % 8) * kActivationRowBytes + lane / 8 * 16;
 
   for (int step = 0; step < steps; ++step) {
-    const int slot = step % Stages;
-    ptx::copy_async_wait<Stages - 2>();
-    __syncthreads();  // activations of this step are here for everybody, and everybody left the slot of the last step
-    if (step + Stages - 1 < steps) {
-      request_weights(step + Stages - 1);
-      request_activations(step + Stages - 1);
-    }
+    const int slot = step % Stages, x_slot = step % XStages;
+    ptx::copy_async_wait<XStages - 2>();
+    __syncthreads();  // activations of this step are here for everybody, and everybody left the slots of the last step
+    if (step + Stages - 1 < steps) request_weights(step + Stages - 1);
+    if (step + XStages - 1 < steps) request_activations(step + XStages - 1);
     ptx::copy_async_commit();
 
     const int units = units_at(step);
     if (units == 0) continue;
 #if SPARSERT_HOPPER
     ptx::barrier_wait(my_barriers + slot * 8, step / Stages & 1);
-    if (p.x_bulk) ptx::barrier_wait(x_barriers + slot * 8, step / Stages & 1);
+    if (p.x_bulk) ptx::barrier_wait(x_barriers + x_slot * 8, step / XStages & 1);
 #endif
     const uint32_t weights = my_ring + slot * S::kWeightStageBytes;
-    const uint32_t batch = my_activations + slot * S::kActivationStageBytes;
+    const uint32_t batch = my_activations + x_slot * S::kActivationStageBytes;
 
     // Operands of one block: A of every row tile, B of every batch tile.
     auto load = [&](Operands<RowTiles, BatchTiles>& to, int b) {
@@ -371,6 +424,7 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
       }
   __syncthreads();
 
+  float* const squares = sums + WarpsK * S::kPlane;
   // Four outputs of one batch row at a time; warps and then ranks are added in index order.
   constexpr int kQuads = S::kRows / 4;
   auto local_sum = [&](int at) {
@@ -387,7 +441,12 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
       for (int i = first; i < kQuads * p.M; i += step) {
         const int column = i / kQuads, row = i % kQuads * 4, output = row_group * S::kRows + row;
         float4 total = total_at(column * S::kSumStride + row);
+        if (p.squares_in != nullptr) scale(total, scales[column]);
         add_bias(total, bias, output, p.N);
+        if (p.residual != nullptr) {
+          squares[column * kQuads + i % kQuads] = close_block<T>(p, column, output, total);
+          continue;
+        }
         if (p.activation != Activation::kNone) {
           total.x = activation(p.activation, total.x);
           total.y = activation(p.activation, total.y);
@@ -402,6 +461,10 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
         const int column = i / kPairQuads, quad = i % kPairQuads;
         const int row = quad / 4 * 2 * kRowTile + quad % 4 * 4, output = row_group * S::kRows + row;
         float4 gate = total_at(column * S::kSumStride + row), total = total_at(column * S::kSumStride + row + kRowTile);
+        if (p.squares_in != nullptr) {
+          scale(gate, scales[column]);
+          scale(total, scales[column]);
+        }
         add_bias(gate, bias, output, p.N);
         add_bias(total, bias, output + kRowTile, p.N);
         total.x *= activation(p.activation, gate.x);
@@ -412,8 +475,22 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
       }
     }
   };
+  // Squares of this block's outputs by batch row, in a fixed order.
+  auto sum_squares = [&]() {
+    if (p.residual == nullptr) return;
+    __syncthreads();
+    for (int column = warp; column < p.M; column += S::kWarps) {
+      float total = 0;
+      for (int i = lane; i < kQuads; i += 32) total += squares[column * kQuads + i];
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffff, total, offset);
+      if (lane == 0) p.squares_out[column * gridDim.x + blockIdx.x] = total;
+    }
+  };
 #if SPARSERT_HOPPER
   if (p.splits > 1) {
+    if (p.residual != nullptr)
+      for (int i = thread; i < kQuads * p.M; i += S::kThreads) squares[i] = 0;  // other ranks' shares
     if (WarpsK > 1) {
       for (int i = thread; i < kQuads * p.M; i += S::kThreads) {
         const int at = i / kQuads * S::kSumStride + i % kQuads * 4;
@@ -434,19 +511,22 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
       return total;
     };
     finish(cluster_sum, split * S::kThreads + thread, p.splits * S::kThreads);  // every rank its share
+    sum_squares();
     ptx::cluster_sync();  // nobody's shared memory goes away while another rank reads it
     return;
   }
 #endif
   finish(local_sum, thread, S::kThreads);
+  sum_squares();
 }
 
-template <typename T, int BatchTiles, int RowTiles, int WarpsN, int WarpsK, int Stages>
+template <typename T, int BatchTiles, int RowTiles, int WarpsN, int WarpsK, int Stages, int XStages>
 __global__ void __launch_bounds__(32 * WarpsN* WarpsK)
     linear24_kernel(const __grid_constant__ KernelArguments p) {
-  if constexpr (Shape<BatchTiles, RowTiles, WarpsN, WarpsK, Stages>::kSharedBytes <= kSharedLimit) {
+  if constexpr (Shape<BatchTiles, RowTiles, WarpsN, WarpsK, Stages, XStages>::kSharedBytes <= kSharedLimit &&
+                (SPARSERT_HOPPER || Stages == XStages)) {
     extern __shared__ __align__(128) unsigned char shared[];
-    linear24_block<T, BatchTiles, RowTiles, WarpsN, WarpsK, Stages>(p, shared);
+    linear24_block<T, BatchTiles, RowTiles, WarpsN, WarpsK, Stages, XStages>(p, shared);
   } else {
     __trap();  // csrc/select.cpp picks no tile that does not fit; compiling it would only cost time and size
   }
@@ -457,10 +537,10 @@ __global__ void __launch_bounds__(32 * WarpsN* WarpsK)
 
 using Launcher = cudaError_t (*)(const KernelArguments&, int splits, bool dependent_launch, cudaStream_t);
 
-template <typename T, int BatchTiles, int RowTiles, int WarpsN, int WarpsK, int Stages>
+template <typename T, int BatchTiles, int RowTiles, int WarpsN, int WarpsK, int Stages, int XStages>
 cudaError_t launch(const KernelArguments& arguments, int splits, bool dependent_launch, cudaStream_t stream) {
-  using S = Shape<BatchTiles, RowTiles, WarpsN, WarpsK, Stages>;
-  auto kernel = linear24_kernel<T, BatchTiles, RowTiles, WarpsN, WarpsK, Stages>;
+  using S = Shape<BatchTiles, RowTiles, WarpsN, WarpsK, Stages, XStages>;
+  auto kernel = linear24_kernel<T, BatchTiles, RowTiles, WarpsN, WarpsK, Stages, XStages>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
   if (error != cudaSuccess) return error;
   const int row_groups = (arguments.row_tiles + RowTiles * WarpsN - 1) / (RowTiles * WarpsN);
@@ -494,20 +574,21 @@ struct Config {
   Launcher launchers[2][4];  // [bf16, fp16][batch tiles 1, 2, 4, 8]; null where a tile was never the best
 };
 
-template <int BatchTiles, int RowTiles, int WarpsN, int WarpsK, int Stages>
+template <int BatchTiles, int RowTiles, int WarpsN, int WarpsK, int Stages, int XStages>
 constexpr void add_batch(Config& config, int index) {
-  config.launchers[0][index] = launch<__nv_bfloat16, BatchTiles, RowTiles, WarpsN, WarpsK, Stages>;
-  config.launchers[1][index] = launch<__half, BatchTiles, RowTiles, WarpsN, WarpsK, Stages>;
+  config.launchers[0][index] = launch<__nv_bfloat16, BatchTiles, RowTiles, WarpsN, WarpsK, Stages, XStages>;
+  config.launchers[1][index] = launch<__half, BatchTiles, RowTiles, WarpsN, WarpsK, Stages, XStages>;
 }
 
-// RowTiles x WarpsN row tiles a block, WarpsK warps along the inputs, Stages slots; the flags say for which batches.
-template <int RowTiles, int WarpsN, int WarpsK, int Stages, bool To8, bool To16, bool To32, bool To64>
+// RowTiles x WarpsN row tiles a block, WarpsK warps along the inputs, Stages slots of weights and XStages of activations;
+// the flags say for which batches.
+template <int RowTiles, int WarpsN, int WarpsK, int Stages, int XStages, bool To8, bool To16, bool To32, bool To64>
 constexpr Config make_config(const char* name) {
   Config config = {name, kRowTile * RowTiles * WarpsN, {}};
-  if constexpr (To8) add_batch<1, RowTiles, WarpsN, WarpsK, Stages>(config, 0);
-  if constexpr (To16) add_batch<2, RowTiles, WarpsN, WarpsK, Stages>(config, 1);
-  if constexpr (To32) add_batch<4, RowTiles, WarpsN, WarpsK, Stages>(config, 2);
-  if constexpr (To64) add_batch<8, RowTiles, WarpsN, WarpsK, Stages>(config, 3);
+  if constexpr (To8) add_batch<1, RowTiles, WarpsN, WarpsK, Stages, XStages>(config, 0);
+  if constexpr (To16) add_batch<2, RowTiles, WarpsN, WarpsK, Stages, XStages>(config, 1);
+  if constexpr (To32) add_batch<4, RowTiles, WarpsN, WarpsK, Stages, XStages>(config, 2);
+  if constexpr (To64) add_batch<8, RowTiles, WarpsN, WarpsK, Stages, XStages>(config, 3);
   return config;
 }
 
@@ -515,18 +596,24 @@ constexpr Config make_config(const char* name) {
 // (benchmarks/tune_linear24.py): with these, no layer is more than 13 % from the best of all.
 // csrc/linear24_table.inc counts on the order.
 constexpr Config kConfigs[] = {
-    make_config<1, 2, 1, 2, true, true, true, true>("32 outputs, 2 warps, 2 stages"),
-    make_config<1, 1, 8, 2, true, true, false, false>("16 outputs, 8 warps along the inputs, 2 stages"),
-    make_config<1, 2, 4, 3, true, false, false, false>("32 outputs, 2x4 warps, 3 stages"),
-    make_config<2, 2, 4, 2, true, true, false, false>("64 outputs, 2x4 warps, 2 stages"),
-    make_config<4, 2, 2, 2, true, true, false, false>("128 outputs, 2x2 warps, 2 stages"),
-    make_config<4, 4, 1, 2, false, true, false, true>("256 outputs, 4 warps, 2 stages"),
-    make_config<2, 1, 4, 2, false, false, true, false>("32 outputs, 1x4 warps, 2 stages"),
-    make_config<2, 2, 2, 3, false, false, true, false>("64 outputs, 2x2 warps, 3 stages"),
-    make_config<2, 8, 1, 2, false, false, true, true>("256 outputs, 8 warps, 2 stages"),
-    make_config<1, 8, 1, 3, false, false, true, false>("128 outputs, 8 warps, 3 stages"),
-    make_config<1, 4, 1, 3, false, false, false, true>("64 outputs, 4 warps, 3 stages"),
-    make_config<2, 4, 1, 3, false, false, false, true>("128 outputs, 4 warps, 3 stages"),
+    make_config<1, 2, 1, 2, 2, true, true, true, true>("32 outputs, 2 warps, 2 stages"),
+    make_config<1, 1, 8, 2, 2, true, true, false, false>("16 outputs, 8 warps along the inputs, 2 stages"),
+    make_config<1, 2, 4, 3, 3, true, false, false, false>("32 outputs, 2x4 warps, 3 stages"),
+    make_config<2, 2, 4, 2, 2, true, true, false, false>("64 outputs, 2x4 warps, 2 stages"),
+    make_config<4, 2, 2, 2, 2, true, true, false, false>("128 outputs, 2x2 warps, 2 stages"),
+    make_config<4, 4, 1, 2, 2, false, true, false, true>("256 outputs, 4 warps, 2 stages"),
+    make_config<2, 1, 4, 2, 2, false, false, true, false>("32 outputs, 1x4 warps, 2 stages"),
+    make_config<2, 2, 2, 3, 3, false, false, true, false>("64 outputs, 2x2 warps, 3 stages"),
+    make_config<2, 8, 1, 2, 2, false, false, true, true>("256 outputs, 8 warps, 2 stages"),
+    make_config<1, 8, 1, 3, 3, false, false, true, false>("128 outputs, 8 warps, 3 stages"),
+    make_config<1, 4, 1, 3, 3, false, false, false, true>("64 outputs, 4 warps, 3 stages"),
+    make_config<2, 4, 1, 3, 3, false, false, false, true>("128 outputs, 4 warps, 3 stages"),
+    make_config<1, 2, 4, 4, 2, true, true, false, false>("32 outputs, 2x4 warps, 4 stages"),
+    make_config<1, 2, 2, 4, 2, true, true, false, false>("32 outputs, 2x2 warps, 4 stages"),
+    make_config<2, 2, 2, 3, 2, true, true, false, false>("64 outputs, 2x2 warps, 3+2 stages"),
+    make_config<1, 4, 2, 4, 2, true, true, false, false>("64 outputs, 4x2 warps, 4 stages"),
+    make_config<2, 4, 1, 4, 2, true, true, false, false>("128 outputs, 4 warps, 4 stages"),
+    make_config<1, 4, 2, 2, 2, true, true, false, false>("64 outputs, 4x2 warps, 2 stages"),
 };
 
 }  // namespace
@@ -535,6 +622,10 @@ int linear24_config_count() { return sizeof(kConfigs) / sizeof(kConfigs[0]); }
 const char* linear24_config_name(int config) { return kConfigs[config].name; }
 int linear24_config_outputs(int config) { return kConfigs[config].outputs; }
 int linear24_max_batch() { return 64; }
+int linear24_blocks(Linear24Choice choice, int N) {
+  const int outputs = kConfigs[choice.config].outputs;
+  return (N + outputs - 1) / outputs * choice.splits;
+}
 
 int linear24(const Linear24Arguments& a, Linear24Choice choice, bool dependent_launch, void* stream) {
   if (a.M < 1 || a.M > linear24_max_batch() || a.N < 1 || a.K < 4 || a.K % 4 != 0) return cudaErrorInvalidValue;
@@ -542,6 +633,8 @@ int linear24(const Linear24Arguments& a, Linear24Choice choice, bool dependent_l
       a.dtype == DType::kFloat32)
     return cudaErrorInvalidValue;
   if (a.gated && (a.N % (2 * kRowTile) != 0 || linear24_config_outputs(choice.config) % (2 * kRowTile) != 0))
+    return cudaErrorInvalidValue;
+  if (a.residual != nullptr && (a.N % 8 != 0 || a.gated || a.activation != Activation::kNone))
     return cudaErrorInvalidValue;
   const auto x_address = reinterpret_cast<uintptr_t>(a.x);
   if (x_address % 8 != 0 || a.ldx % 4 != 0) return cudaErrorMisalignedAddress;
@@ -561,6 +654,13 @@ int linear24(const Linear24Arguments& a, Linear24Choice choice, bool dependent_l
   arguments.splits = choice.splits;
   arguments.activation = a.activation;
   arguments.gated = a.gated;
+  arguments.squares_in = a.squares_in;
+  arguments.squares_parts = a.squares_parts;
+  arguments.residual = a.residual;
+  arguments.norm_weight = a.norm_weight;
+  arguments.weighted = a.weighted;
+  arguments.squares_out = a.squares_out;
+  arguments.eps = a.eps;
   arguments.x_wide = x_address % 16 == 0 && a.ldx % 8 == 0 && a.K % 8 == 0;
   // Above 16 rows the copy engine's one request a row takes longer than 32 lanes with 16 bytes each (H100: 4096x4096
   // at batch 64 16.9 us against 15.9, 28672x4096 66 against 53).

@@ -64,7 +64,9 @@ class LinearGroup(nn.Module):
         """``activation(first part) * second part`` of two parts, ``[..., out_features of one]``."""
         if self.interleaved and isinstance(self.joined, SparseLinear):
             layer = self.joined
-            return ops.linear24_activate(x, layer.packed(), layer.bias, activation, gated=True, backend=layer.backend)
+            return ops.linear24_open(
+                x, layer.packed(), layer.bias, activation=activation, gated=True, backend=layer.backend
+            )
         return ops.activate(self(x), activation, gated=True, interleaved=self.interleaved)
 
     def join_(self, *, interleave: bool = False) -> bool:

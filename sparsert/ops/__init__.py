@@ -3,8 +3,8 @@
 from sparsert.ops.activation import ACTIVATIONS, activate
 from sparsert.ops.attention import AttentionShape, decode_attention, explain_attention, rotate, split_heads
 from sparsert.ops.choice import BACKENDS, CAPABILITIES, Capability, Choice
-from sparsert.ops.linear24 import explain, linear24, linear24_activate
-from sparsert.ops.norm import residual_norm
+from sparsert.ops.linear24 import explain, fuses24, linear24, linear24_close, linear24_open
+from sparsert.ops.norm import DeferredNorm, residual_norm
 from sparsert.ops.pack import pack, unpack
 
 __all__ = [
@@ -14,12 +14,15 @@ __all__ = [
     "AttentionShape",
     "Capability",
     "Choice",
+    "DeferredNorm",
     "activate",
     "decode_attention",
     "explain",
     "explain_attention",
+    "fuses24",
     "linear24",
-    "linear24_activate",
+    "linear24_close",
+    "linear24_open",
     "pack",
     "residual_norm",
     "rotate",

@@ -20,6 +20,7 @@ from sparsert.formats.packed import PACKED_DTYPES, Packed24, unpack_reference
 from sparsert.ops import native
 from sparsert.ops.activation import ACTIVATIONS, activate
 from sparsert.ops.choice import Choice, choose
+from sparsert.ops.norm import DeferredNorm, residual_norm
 from sparsert.ops.pack import choose_packer, dtype_code, unpack_into
 
 _library = torch.library.Library("sparsert", "DEF")
@@ -189,42 +190,131 @@ def linear24(x: Tensor, packed: Packed24, bias: Tensor | None = None, *, backend
     return y
 
 
-def linear24_activate(
-    x: Tensor, packed: Packed24, bias: Tensor | None, kind: str, *, gated: bool, backend: str = "auto"
+def linear24_open(
+    x: Tensor | DeferredNorm,
+    packed: Packed24,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    gated: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
-    """A packed linear layer and the activation behind it; on a GPU one kernel for both, up to batch 64.
+    """A packed linear layer at the start of a sub-block: perhaps a norm's division before it, an activation behind it.
+
+    On a GPU it is one kernel up to batch 64. Inference only: where a gradient is wanted, or another kernel runs the
+    layer, the parts run one after the other.
 
     Args:
-        x: ``[..., in_features]``, as for :func:`linear24`.
+        x: ``[..., in_features]``, as for :func:`linear24`, or a norm's deferred result.
         packed: the weight. If ``gated``, gate and up with their row tiles in turn: 16 outputs of the gate, the
             same 16 of up, and so on (:func:`sparsert.formats.interleave_outputs`); ``out_features`` is both together.
         bias: ``[out_features]`` in the weight's order, or None.
-        kind: one of :data:`sparsert.ops.ACTIVATIONS`.
+        activation: one of :data:`sparsert.ops.ACTIVATIONS`, or None.
         gated: return ``activation(gate) * up``.
 
     Returns:
-        ``[..., out_features]``, or half as many values if ``gated``; dtype of x. Inference only on the fused path:
-        where a gradient is wanted, layer and activation run one after the other.
+        ``[..., out_features]``, or half as many values if ``gated``; dtype of x.
 
     Raises:
-        InputError, UnsupportedError: as for :func:`linear24`; an unknown activation.
+        InputError, UnsupportedError: as for :func:`linear24`; an unknown activation, or a gate without one.
     """
-    if kind not in ACTIVATIONS:
-        raise InputError(f"activation {kind!r} is not known; choose of {', '.join(ACTIVATIONS)}")
-    rows = x.numel() // packed.in_features if packed.in_features else 0
-    if not (native.fuses(x) and rows and choose(x.device, x.dtype, rows, backend).kernel == "mma_sp"):
-        return activate(linear24(x, packed, bias, backend=backend), kind, gated=gated, interleaved=True)
-    check_linear24(x, packed, bias)
-    flat = _aligned(x.reshape(-1, packed.in_features))
+    if activation is not None and activation not in ACTIVATIONS:
+        raise InputError(f"activation {activation!r} is not known; choose of {', '.join(ACTIVATIONS)}")
+    if gated and activation is None:
+        raise InputError(f"a gate needs an activation; choose of {', '.join(ACTIVATIONS)}")
+    norm = x if isinstance(x, DeferredNorm) else None
+    x = norm.weighted if norm is not None else x
+    assert isinstance(x, Tensor)
+    if not fuses24(x, packed, backend):
+        y = linear24(x if norm is None else norm.resolve(), packed, bias, backend=backend)
+        return y if activation is None else activate(y, activation, gated=gated, interleaved=True)
+    rows = x.numel() // packed.in_features
     y = torch.empty((rows, packed.out_features // (2 if gated else 1)), dtype=x.dtype, device=x.device)
+    kind = -1 if activation is None else ACTIVATIONS.index(activation)
+    _step(x, packed, bias, y, kind=kind, gated=gated, norm=norm)
+    return y.view((*x.shape[:-1], y.shape[-1]))
+
+
+def linear24_close(
+    x: Tensor,
+    packed: Packed24,
+    bias: Tensor | None,
+    stream: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | DeferredNorm]:
+    """A packed linear layer at the end of a sub-block, the residual addition, and the RMSNorm behind it.
+
+    On a GPU, in bfloat16 and up to batch 64, one kernel does all but the norm's division, which it leaves to the next
+    layer. In float16 the undivided stream could overflow, so there and elsewhere the parts run one after the other.
+
+    Args:
+        x: ``[..., in_features]``, as for :func:`linear24`.
+        packed, bias: the layer.
+        stream: ``[..., out_features]``: the residual stream.
+        weight: ``[out_features]`` of the norm.
+        eps: of the norm.
+
+    Returns:
+        (new stream, its norm): the second is a tensor, or deferred.
+
+    Raises:
+        InputError, UnsupportedError: as for :func:`linear24`.
+    """
+    if (
+        not fuses24(x, packed, backend)
+        or x.dtype != torch.bfloat16
+        or weight.dtype != x.dtype
+        or packed.out_features % 8
+        or not stream.is_contiguous()
+    ):
+        return residual_norm(linear24(x, packed, bias, backend=backend), stream, weight, eps)
+    rows = x.numel() // packed.in_features
     extension: Any = native.module()
     with torch.cuda.device(x.device):
-        extension.linear24_activate_cuda(
+        parts = extension.linear24_parts(rows, packed.out_features, packed.in_features)
+    y, weighted = torch.empty_like(stream), torch.empty_like(stream)
+    squares = torch.empty((rows, parts), dtype=torch.float32, device=x.device)
+    _step(x, packed, bias, y, residual=stream, norm_weight=weight, weighted=weighted, squares=squares)
+    return y, DeferredNorm(weighted, squares, eps)
+
+
+def fuses24(x: Tensor, packed: Packed24, backend: str = "auto") -> bool:
+    """Whether one CUDA kernel runs a packed layer together with what stands before and behind it."""
+    rows = x.numel() // packed.in_features if packed.in_features else 0
+    if not native.fuses(x) or not rows or choose(x.device, x.dtype, rows, backend).kernel != "mma_sp":
+        return False
+    check_linear24(x, packed, None)
+    return True
+
+
+def _step(
+    x: Tensor,
+    packed: Packed24,
+    bias: Tensor | None,
+    y: Tensor,
+    *,
+    kind: int = -1,
+    gated: bool = False,
+    norm: DeferredNorm | None = None,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    weighted: Tensor | None = None,
+    squares: Tensor | None = None,
+) -> None:
+    check_linear24(x, packed, bias)
+    flat = _aligned(x.reshape(-1, packed.in_features))
+    extension: Any = native.module()
+    with torch.cuda.device(x.device):
+        extension.linear24_step_cuda(
             packed.values.data_ptr(), packed.metadata.data_ptr(), flat.data_ptr(), native.address(bias), y.data_ptr(),
-            rows, packed.out_features, packed.in_features, flat.stride(0), ACTIVATIONS.index(kind), gated,
-            dtype_code(x.dtype), native.stream(x.device),
+            flat.shape[0], packed.out_features, packed.in_features, flat.stride(0), kind, gated,
+            0 if norm is None else norm.squares.data_ptr(), 0 if norm is None else norm.squares.shape[-1],
+            0.0 if norm is None else norm.eps, native.address(residual), native.address(norm_weight),
+            native.address(weighted), native.address(squares), dtype_code(x.dtype), native.stream(x.device),
         )  # fmt: skip
-    return y.view((*x.shape[:-1], y.shape[-1]))
 
 
 def explain(

@@ -8,6 +8,7 @@ Source: Zhang & Sennrich, "Root Mean Square Layer Normalization" (2019); Ba et a
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -18,6 +19,30 @@ from sparsert.ops.pack import dtype_code
 
 #: The kernel reads 16 bytes at a time.
 _VECTOR = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class DeferredNorm:
+    """An RMSNorm whose division is left to the next linear layer, which divides its sums instead of its input.
+
+    Dividing needs the whole row, so a norm between two layers is a kernel of its own; what it multiplies with and the
+    squares it sums up are at hand where the row is made. Made by :func:`sparsert.ops.linear24_close` and taken by
+    :func:`sparsert.ops.linear24_open`.
+
+    Attributes:
+        weighted: ``[..., width]``: the stream times the norm's weight, rounded.
+        squares: float32 ``[rows, parts]``: sums of squares of parts of the stream.
+        eps: of the norm.
+    """
+
+    weighted: Tensor
+    squares: Tensor
+    eps: float
+
+    def resolve(self) -> Tensor:
+        """The normed tensor, ``[..., width]``."""
+        scale = torch.rsqrt(self.squares.sum(-1, keepdim=True) / self.weighted.shape[-1] + self.eps)
+        return (self.weighted.float() * scale.view(*self.weighted.shape[:-1], 1)).to(self.weighted.dtype)
 
 
 def residual_norm(

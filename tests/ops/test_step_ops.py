@@ -139,7 +139,7 @@ def test_linear_with_gate(device: str, kind: str) -> None:
             for batch in (1, 3, 8, 16, 17, 64, 70):
                 x = torch.randn(batch, columns, generator=generator).to(device, dtype)
                 bias = torch.randn(2 * width, generator=generator).to(device, dtype)
-                found = ops.linear24_activate(x, packed, bias, kind, gated=True)
+                found = ops.linear24_open(x, packed, bias, activation=kind, gated=True)
                 turns = bias.double().unflatten(0, (-1, 2, 16))
                 sums = [
                     functional.linear(x.double(), weight.double()) + turns[:, place].flatten()
@@ -157,9 +157,50 @@ def test_linear_with_activation(device: str) -> None:
         weight = random_24(100, 64, dtype=dtype, device=device)
         for batch in (1, 16, 33):
             x = torch.randn(batch, 64, device=device).to(dtype)
-            found = ops.linear24_activate(x, ops.pack(weight), None, "relu2", gated=False)
+            found = ops.linear24_open(x, ops.pack(weight), activation="relu2")
             exact = exact_activation(functional.linear(x.double(), weight.double()), "relu2")
             assert_close(found, exact, roundings=8)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(64, 96, 48), (576, 1536, 960), (4096, 4096, 6144), (4096, 11008, 22016)])
+def test_sub_block_closes_and_next_opens(device: str, shape: tuple[int, int, int]) -> None:
+    """Layer, addition, norm, layer: as exact with the division put off as with a norm in between."""
+    if device == "cpu" and shape[0] > 1000:
+        pytest.skip("for a GPU")
+    width, first, last = shape
+    generator = torch.Generator().manual_seed(4)
+    for dtype in dtypes_of(device):
+        close_weight, open_weight = (
+            random_24(rows, columns, dtype=dtype, device=device) for rows, columns in ((width, first), (last, width))
+        )
+        packed, following = ops.pack(close_weight), ops.pack(open_weight)
+        weight = (torch.randn(width, generator=generator) + 1).to(device, dtype)
+        bias, next_bias = (torch.randn(size, generator=generator).to(device, dtype) for size in (width, last))
+        for batch in (1, 2, 8, 13, 16, 40):
+            x = torch.randn(batch, first, generator=generator).to(device, dtype)
+            stream = (8 * torch.randn(batch, width, generator=generator)).to(device, dtype)
+            closed, normed = ops.linear24_close(x, packed, bias, stream, weight, 1e-5)
+            if device == "cuda" and native.fuses(x):
+                assert isinstance(normed, ops.DeferredNorm) == (dtype == torch.bfloat16)
+            exact_stream = functional.linear(x.double(), close_weight.double(), bias.double()) + stream.double()
+            assert_close(closed, exact_stream)
+            exact_norm_of_it = exact_norm(closed, weight, None, 1e-5, False)
+            assert_close(normed.resolve() if isinstance(normed, ops.DeferredNorm) else normed, exact_norm_of_it)
+            y = ops.linear24_open(normed, following, next_bias)
+            exact = functional.linear(exact_norm_of_it, open_weight.double(), next_bias.double())
+            plain = ops.residual_norm(closed, None, weight, 1e-5)[1]
+            error = (y.double() - exact).norm()
+            plain_error = (functional.linear(plain, open_weight, next_bias).double() - exact).norm()
+            assert error <= 1.3 * plain_error + 1e-6 * exact.norm()
+
+
+def test_a_gate_needs_an_activation() -> None:
+    packed = ops.pack(random_24(32, 32, dtype=torch.float32, device="cpu"))
+    with pytest.raises(InputError, match="a gate needs an activation"):
+        ops.linear24_open(torch.ones(1, 32), packed, gated=True)
+    with pytest.raises(InputError, match="'tanh' is not known"):
+        ops.linear24_open(torch.ones(1, 32), packed, activation="tanh")
 
 
 # ------------------------------------------------------------------------------------------------------- attention
