@@ -62,6 +62,9 @@ class LinearGroup(nn.Module):
         Device memory grows by the group's own size until the parts are let go at the end.
         """
         parts = list(self.parts.values())
+        if len(parts) == 1:
+            self.joined, self.parts = parts[0], nn.ModuleDict()
+            return True
         sparse = [part for part in parts if isinstance(part, SparseLinear)]
         dense = [part for part in parts if isinstance(part, nn.Linear)]
         if len(sparse) == len(parts) and not any(part.out_features % ROW_TILE for part in sparse[:-1]):
