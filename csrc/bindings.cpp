@@ -153,23 +153,25 @@ void activate_cuda(uintptr_t x, uintptr_t y, int rows, int width, int kind, bool
         "activate");
 }
 
-// splits 0: chosen for the window.
+// splits 0: chosen for the window, warps too.
 void decode_attention_cuda(uintptr_t heads, uintptr_t keys, uintptr_t values, uintptr_t lengths, uintptr_t cosine,
                            uintptr_t signed_sine, uintptr_t q_norm, uintptr_t k_norm, uintptr_t out,
                            int64_t heads_stride, int64_t cache_length, int batch, int num_heads, int num_kv_heads,
                            int head_dim, int rotary_dim, int sliding_window, float scale, float softcap, float norm_eps,
-                           bool norm_is_float, bool settled, int window, int splits, int dtype, uintptr_t stream) {
+                           bool norm_is_float, bool settled, int window, int warps, int splits, int dtype,
+                           uintptr_t stream) {
   const sparsert::DeviceFacts device = sparsert::current_device_facts();
   const int reach = sliding_window > 0 && sliding_window < window ? sliding_window : window;
+  sparsert::DecodeAttentionChoice choice = {warps, splits};
   if (splits == 0)
-    splits = sparsert::decode_attention_splits(batch, num_heads, num_kv_heads, reach, device.multiprocessors,
+    choice = sparsert::select_decode_attention(batch, num_heads, num_kv_heads, head_dim, reach, device.multiprocessors,
                                                device.capability >= 90);
   check(sparsert::decode_attention(
             {pointer<void>(heads), pointer<void>(keys), pointer<void>(values), pointer<long long>(lengths),
              pointer<void>(cosine), pointer<void>(signed_sine), pointer<void>(q_norm), pointer<void>(k_norm),
              pointer<void>(out), heads_stride, cache_length, batch, num_heads, num_kv_heads, head_dim, rotary_dim,
              sliding_window, scale, softcap, norm_eps, norm_is_float, settled, static_cast<sparsert::DType>(dtype)},
-            splits, dependent_launch(), pointer<void>(stream)),
+            choice, dependent_launch(), pointer<void>(stream)),
         "decode_attention");
 }
 #endif

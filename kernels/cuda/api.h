@@ -121,8 +121,15 @@ struct DecodeAttentionArguments {
   DType dtype;               // bf16 or fp16, of everything else
 };
 bool decode_attention_takes(int head_dim);
-// Over how many blocks of a cluster the context is split; window: positions that there may be.
-int decode_attention_splits(int batch, int num_heads, int num_kv_heads, int window, int multiprocessors, bool clusters);
-int decode_attention(const DecodeAttentionArguments& arguments, int splits, bool dependent_launch, void* stream);
+// Warps of a block (4 or 8), and over how many blocks of a cluster the context is split.
+struct DecodeAttentionChoice {
+  int warps;
+  int splits;
+};
+// window: positions that there may be.
+DecodeAttentionChoice select_decode_attention(int batch, int num_heads, int num_kv_heads, int head_dim, int window,
+                                              int multiprocessors, bool clusters);
+int decode_attention(const DecodeAttentionArguments& arguments, DecodeAttentionChoice choice, bool dependent_launch,
+                     void* stream);
 
 }  // namespace sparsert

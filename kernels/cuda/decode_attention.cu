@@ -31,8 +31,6 @@
 namespace sparsert {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = 32 * kWarps;
 constexpr int kPositions = 16;  // of a warp's step
 constexpr int kGroup = 8;       // query heads of a block
 constexpr int kMaxSplits = 16;  // 8 is the portable limit, every Hopper takes 16
@@ -93,9 +91,9 @@ __device__ __forceinline__ void prepare_head(const DecodeAttentionArguments& a, 
   __syncwarp();
 }
 
-template <typename T, int HeadDim>
-__global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid_constant__ KernelArguments p) {
-  constexpr int kUnits = HeadDim / 32;
+template <typename T, int HeadDim, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps) decode_attention_kernel(const __grid_constant__ KernelArguments p) {
+  constexpr int kThreads = 32 * kWarps, kUnits = HeadDim / 32;
   // with 256 dimensions there are not enough registers to hold keys and values at the same time
   constexpr bool kEarlyValues = HeadDim <= 128;
   // 16 bytes more than a row put the eight heads' fragments into different banks
@@ -338,12 +336,12 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
 #endif
 }
 
-template <typename T, int HeadDim>
+template <typename T, int HeadDim, int kWarps>
 cudaError_t launch(const KernelArguments& arguments, int blocks, bool dependent_launch, cudaStream_t stream) {
-  auto kernel = decode_attention_kernel<T, HeadDim>;
+  auto kernel = decode_attention_kernel<T, HeadDim, kWarps>;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(32 * kWarps);
   config.stream = stream;
   cudaLaunchAttribute attributes[2];
   int count = 0;
@@ -368,14 +366,22 @@ cudaError_t launch(const KernelArguments& arguments, int blocks, bool dependent_
   return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 
+template <typename T, int HeadDim>
+cudaError_t launch(const KernelArguments& arguments, int blocks, int warps, bool dependent_launch, cudaStream_t stream) {
+  if constexpr (HeadDim <= 128) {  // eight warps' sums of 256 dimensions would not fit
+    if (warps == 8) return launch<T, HeadDim, 8>(arguments, blocks, dependent_launch, stream);
+  }
+  return launch<T, HeadDim, 4>(arguments, blocks, dependent_launch, stream);
+}
+
 template <typename T>
-cudaError_t launch(const KernelArguments& arguments, int blocks, bool dependent_launch, cudaStream_t stream) {
+cudaError_t launch(const KernelArguments& arguments, int blocks, int warps, bool dependent_launch, cudaStream_t stream) {
   switch (arguments.a.head_dim) {
-    case 32: return launch<T, 32>(arguments, blocks, dependent_launch, stream);
-    case 64: return launch<T, 64>(arguments, blocks, dependent_launch, stream);
-    case 96: return launch<T, 96>(arguments, blocks, dependent_launch, stream);
-    case 128: return launch<T, 128>(arguments, blocks, dependent_launch, stream);
-    case 256: return launch<T, 256>(arguments, blocks, dependent_launch, stream);
+    case 32: return launch<T, 32>(arguments, blocks, warps, dependent_launch, stream);
+    case 64: return launch<T, 64>(arguments, blocks, warps, dependent_launch, stream);
+    case 96: return launch<T, 96>(arguments, blocks, warps, dependent_launch, stream);
+    case 128: return launch<T, 128>(arguments, blocks, warps, dependent_launch, stream);
+    case 256: return launch<T, 256>(arguments, blocks, warps, dependent_launch, stream);
     default: return cudaErrorInvalidValue;
   }
 }
@@ -386,33 +392,37 @@ bool decode_attention_takes(int head_dim) {
   return head_dim == 32 || head_dim == 64 || head_dim == 96 || head_dim == 128 || head_dim == 256;
 }
 
-int decode_attention_splits(int batch, int num_heads, int num_kv_heads, int window, int multiprocessors, bool clusters) {
-  if (!clusters) return 1;
+DecodeAttentionChoice select_decode_attention(int batch, int num_heads, int num_kv_heads, int head_dim, int window,
+                                              int multiprocessors, bool clusters) {
   const int group = num_heads / num_kv_heads, head_groups = (group + kGroup - 1) / kGroup;
   const int units = batch * num_kv_heads * head_groups;
+  DecodeAttentionChoice choice = {4, 1};
+  if (!clusters) return choice;
   // no more blocks than there are positions for, nor than two on every multiprocessor
-  const int useful = (window + kPositions * kWarps - 1) / (kPositions * kWarps);
-  int splits = 1;
-  while (splits < kMaxSplits && 2 * splits <= useful && 2 * splits * units <= 2 * multiprocessors) splits *= 2;
-  return splits;
+  const int useful = (window + kPositions * choice.warps - 1) / (kPositions * choice.warps);
+  while (choice.splits < kMaxSplits && 2 * choice.splits <= useful &&
+         2 * choice.splits * units <= 2 * multiprocessors)
+    choice.splits *= 2;
+  return choice;
 }
 
-int decode_attention(const DecodeAttentionArguments& a, int splits, bool dependent_launch, void* stream) {
+int decode_attention(const DecodeAttentionArguments& a, DecodeAttentionChoice choice, bool dependent_launch,
+                     void* stream) {
   if (a.batch < 1 || a.num_kv_heads < 1 || a.num_heads % a.num_kv_heads != 0 || !decode_attention_takes(a.head_dim) ||
-      a.rotary_dim % 2 != 0 || a.rotary_dim > a.head_dim || a.dtype == DType::kFloat32 || splits < 1 ||
-      splits > kMaxSplits)
+      a.rotary_dim % 2 != 0 || a.rotary_dim > a.head_dim || a.dtype == DType::kFloat32 ||
+      choice.splits < 1 || choice.splits > kMaxSplits || (choice.warps != 4 && choice.warps != 8))
     return cudaErrorInvalidValue;
   for (const void* address : {a.keys, a.values})
     if (reinterpret_cast<uintptr_t>(address) % 16 != 0) return cudaErrorMisalignedAddress;
   KernelArguments arguments;
   arguments.a = a;
-  arguments.splits = splits;
+  arguments.splits = choice.splits;
   arguments.group = a.num_heads / a.num_kv_heads;
   arguments.head_groups = (arguments.group + kGroup - 1) / kGroup;
-  const int blocks = a.batch * a.num_kv_heads * arguments.head_groups * splits;
+  const int blocks = a.batch * a.num_kv_heads * arguments.head_groups * choice.splits;
   const auto on = static_cast<cudaStream_t>(stream);
-  return a.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(arguments, blocks, dependent_launch, on)
-                                     : launch<__half>(arguments, blocks, dependent_launch, on);
+  return a.dtype == DType::kBFloat16 ? launch<__nv_bfloat16>(arguments, blocks, choice.warps, dependent_launch, on)
+                                     : launch<__half>(arguments, blocks, choice.warps, dependent_launch, on);
 }
 
 }  // namespace sparsert

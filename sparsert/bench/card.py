@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from sparsert.models import DecoderConfig, DecoderModel
+    from sparsert.schedule import LayerPlan
 
 _BYTES = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 _COUNTS = (("billion", 1e9), ("million", 1e6))
@@ -92,12 +93,12 @@ class Card:
         return "\n".join(lines)
 
 
-def predict_card(name: str, config: DecoderConfig, *, blocks_kept: int, sparse: bool, dtype: torch.dtype) -> Card:
+def predict_card(name: str, config: DecoderConfig, *, plan: LayerPlan, sparse: bool, dtype: torch.dtype) -> Card:
     """The card of a model that need not exist.
 
     Args:
         name: for the card.
-        blocks_kept: blocks that run.
+        plan: blocks that run.
         sparse: whether the linear layers of the blocks are packed 2:4.
     """
     from sparsert.engine.cache import kv_bytes_per_token
@@ -105,34 +106,37 @@ def predict_card(name: str, config: DecoderConfig, *, blocks_kept: int, sparse: 
 
     width, size = config.hidden_size, dtype.itemsize
     parameters = weight_bytes = 0
-    for shape in config.block_linears().values():
-        bias = shape.out_features if shape.bias else 0
-        parameters += shape.out_features * shape.in_features + bias
-        packs = sparse and shape.in_features % 4 == 0
-        dense_bytes = shape.out_features * shape.in_features * size
-        weight_bytes += packed_nbytes(shape.out_features, shape.in_features, dtype) if packs else dense_bytes
-        weight_bytes += bias * size
-    parameters, weight_bytes = (parameters + 2 * width) * blocks_kept, (weight_bytes + 2 * width * size) * blocks_kept
+    norms = width
+    for block in plan.kept:
+        for shape in config.block_linears(block, plan).values():
+            bias = shape.out_features if shape.bias else 0
+            parameters += shape.out_features * shape.in_features + bias
+            packs = sparse and shape.in_features % 4 == 0
+            dense_bytes = shape.out_features * shape.in_features * size
+            weight_bytes += packed_nbytes(shape.out_features, shape.in_features, dtype) if packs else dense_bytes
+            weight_bytes += bias * size
+        norms += sum(config.block_norms(block, plan).values())
+    norms *= 2 if config.norm.centered else 1
     matrix, matrices = config.vocab_size * width, 1 if config.tie_word_embeddings else 2
-    parameters += width + matrices * matrix
-    weight_bytes += (width + matrices * matrix) * size
+    parameters += norms + matrices * matrix
+    weight_bytes += norms * (4 if config.norm.stored_minus_one else size) + matrices * matrix * size
     return Card(
         model=name,
-        corner=corner_name(sparse, blocks_kept < config.num_blocks),
+        corner=corner_name(sparse, bool(plan.removed)),
         dtype=str(dtype).removeprefix("torch."),
-        blocks_kept=blocks_kept,
+        blocks_kept=len(plan.kept),
         blocks=config.num_blocks,
         parameters=parameters,
         weight_bytes=weight_bytes,
         read_bytes=weight_bytes - (matrices - 1) * matrix * size,
-        kv_bytes_per_token=kv_bytes_per_token(config, blocks_kept, dtype),
+        kv_bytes_per_token=kv_bytes_per_token(config.attention_shapes(plan), dtype),
     )
 
 
 def stored_bytes(model: DecoderModel) -> tuple[int, int]:
     """Bytes of a model that exists: all its weights, and those that every decode step reads."""
     held = {id(tensor): tensor.nbytes for tensor in model.parameters()}
-    tables = {id(table) for table in model.rotary.buffers()}
+    tables = {id(table) for table in model.rotaries.buffers()}
     held |= {id(tensor): tensor.nbytes for tensor in model.buffers() if id(tensor) not in tables}
     total = sum(held.values())
     tied = model.lm_head.weight is model.embed_tokens.weight

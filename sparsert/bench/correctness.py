@@ -2,7 +2,8 @@
 
 A few random texts go through the engine as they are measured, prompt first and then token by token, with
 the packed kernels and CUDA graphs of that batch. The logits are held against a forward that is written out
-here in plain torch operations over unpacked weights, once in fp64 and once in the model's own dtype:
+in plain torch operations over unpacked weights (:mod:`sparsert.bench.plain_forward`), once in fp64 and once in
+the model's own dtype:
 
     error        rms(engine - fp64) / rms(fp64)
     torch_error  rms(plain torch in the same dtype - fp64) / rms(fp64)
@@ -21,17 +22,13 @@ import random
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as functional
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparsert import ops
+from sparsert.bench.plain_forward import plain_logits
 from sparsert.engine.runner import Runner
-from sparsert.models.linears import LinearGroup
-from sparsert.models.rope import inverse_frequencies
-from sparsert.nn import SparseLinear
 
 if TYPE_CHECKING:
-    from sparsert.models import DecoderConfig, DecoderModel
+    from sparsert.models import DecoderModel
 
 _PROMPT_TOKENS = 16
 _DECODE_STEPS = 8
@@ -102,79 +99,6 @@ class LogitsReference:
             error=_rms(torch.stack(logits, dim=1) - exact) / scale,
             torch_error=_rms(self._torch[:batch] - exact) / scale,
         )
-
-
-@torch.inference_mode()
-def plain_logits(model: DecoderModel, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits by plain torch operations over unpacked weights, without the engine and the model's own forward.
-
-    Args:
-        model: whose weights and configuration are used.
-        tokens: int64 ``[batch, tokens]`` on the model's device.
-        dtype: of all weights and activations; norms are in fp32, or in fp64 if this is it.
-
-    Returns:
-        ``[batch, tokens, vocabulary]`` in ``dtype``.
-    """
-    config = model.config
-    cosine, sine = _rotary_tables(config, tokens.shape[1], model.device, dtype)
-    x = functional.embedding(tokens, model.embed_tokens.weight).to(dtype)
-    for module in model.blocks:
-        block: Any = module
-        normed = _norm(x, block.input_layernorm.weight, config.rms_norm_eps)
-        q, k, v = (
-            _linear(block.self_attn.qkv_proj, normed)
-            .unflatten(-1, (-1, config.head_dim))
-            .split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=2)
-        )
-        attended = functional.scaled_dot_product_attention(
-            _turn(q, cosine, sine).transpose(1, 2),
-            _repeat(_turn(k, cosine, sine), config).transpose(1, 2),
-            _repeat(v, config).transpose(1, 2),
-            is_causal=True,
-        )
-        x = x + _linear(block.self_attn.o_proj, attended.transpose(1, 2).flatten(-2))
-        gate, up = _linear(
-            block.mlp.gate_up_proj, _norm(x, block.post_attention_layernorm.weight, config.rms_norm_eps)
-        ).chunk(2, dim=-1)
-        x = x + _linear(block.mlp.down_proj, functional.silu(gate) * up)
-    return _linear(model.lm_head, _norm(x, model.norm.weight, config.rms_norm_eps))
-
-
-def _linear(module: nn.Module, x: Tensor) -> Tensor:
-    if isinstance(module, LinearGroup):
-        parts = [module.joined] if module.joined is not None else list(module.parts.values())
-        y = torch.cat([_linear(part, x) for part in parts], dim=-1)
-        return y.unflatten(-1, (-1, 2, 16)).transpose(-2, -3).flatten(-3) if module.interleaved else y
-    layer: Any = module
-    weight = ops.unpack(module.packed()) if isinstance(module, SparseLinear) else layer.weight
-    bias = layer.bias.to(x.dtype) if layer.bias is not None else None
-    return functional.linear(x, weight.to(x.dtype), bias)
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x if x.dtype == torch.float64 else x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight.to(x.dtype) * wide.to(x.dtype)
-
-
-def _rotary_tables(
-    config: DecoderConfig, length: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[length, 1, head_dim / 2]``, computed in fp32 at least."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    frequencies = inverse_frequencies(config.rope, config.head_dim).to(wide)
-    angles = torch.outer(torch.arange(length, dtype=wide), frequencies).unsqueeze(1)
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
-
-
-def _turn(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
-
-
-def _repeat(heads: Tensor, config: DecoderConfig) -> Tensor:
-    return heads.repeat_interleave(config.num_heads // config.num_kv_heads, dim=2)
 
 
 def _rms(x: Tensor) -> float:

@@ -103,7 +103,7 @@ def generate_at_limits(model: DecoderModel, batch: int, input_len: int, output_l
     """
     device, config = model.device, model.config
     length = -(-(input_len + output_len) // _LENGTH_UNIT) * _LENGTH_UNIT
-    model.rotary.reserve_(length, device, model.dtype)
+    model.reserve_positions_(length)
     cache = KVCache(model.attention_shapes, batch, length, device, model.dtype)
     tokens = torch.randint(config.vocab_size, (batch, input_len), device=device)
     rows = prefill_rows(batch, input_len)

@@ -101,7 +101,7 @@ def _profiled_events(model: DecoderModel, prompts: list[list[int]], steps: int) 
     longest = context + _WARM_UP_STEPS + steps
     # as many positions as the engine's step reads
     length = -(-window_for(longest, config.max_position_embeddings) // _LENGTH_UNIT) * _LENGTH_UNIT
-    model.rotary.reserve_(length, device, model.dtype)
+    model.reserve_positions_(length)
     cache = KVCache(model.attention_shapes, batch, length, device, model.dtype)
     tokens = torch.tensor(prompts, device=device)
     last = torch.full((batch,), context - 1, device=device)
@@ -176,8 +176,9 @@ def _ranges_in(model: DecoderModel) -> Iterator[None]:
     parts: list[tuple[nn.Module, str]] = [(model.lm_head, HEAD)]
     for module in model.blocks:
         block: Any = module
-        attention, mlp = block.self_attn, block.mlp
-        parts += [(m, LINEARS) for m in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)]
+        for layer in (block.self_attn, block.mlp):
+            if layer is not None:
+                parts += [(child, LINEARS) for child in layer.children()]
     open_ranges: list[contextlib.AbstractContextManager[Any]] = []
 
     def enter(name: str) -> Any:

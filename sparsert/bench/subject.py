@@ -85,14 +85,11 @@ class Subject:
 
     def card(self) -> Card:
         """What it weighs, from its configuration alone."""
+        from sparsert.schedule import LayerPlan
+
         config = self.config
-        return predict_card(
-            self.name,
-            config,
-            blocks_kept=config.num_blocks - len(self.removed),
-            sparse=self.sparse,
-            dtype=self.torch_dtype,
-        )
+        plan = LayerPlan.remove(config.num_blocks, self.removed, force=True)
+        return predict_card(self.name, config, plan=plan, sparse=self.sparse, dtype=self.torch_dtype)
 
     def to_json(self) -> dict[str, Any]:
         """As plain types."""
@@ -186,9 +183,11 @@ def stored_sparsity(checkpoint: Checkpoint, config: DecoderConfig) -> str:
         One of :data:`SPARSITIES`.
     """
     from sparsert.formats.groups import count_groups
+    from sparsert.models.names import TensorNames
 
-    for name in config.block_linears():
-        weight = checkpoint.read(f"model.layers.0.{name}.weight")
+    names = TensorNames(config, checkpoint)
+    for tensor in dict.fromkeys(names.block_linear(0, name).tensor for name in config.block_linears(0)):
+        weight = checkpoint.read(f"{tensor}.weight")
         if weight.shape[1] % 4 or count_groups(weight)[1]:
             return "dense"
     return "2:4"

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsert.checkpoint.layer_types import layer_types
 from sparsert.checkpoint.reader import Checkpoint, block_of, rename_block
 from sparsert.checkpoint.safetensors_file import SafetensorsWriter
 from sparsert.errors import CheckpointError, InputError
@@ -65,6 +66,10 @@ def pruned_config(config: Mapping[str, Any], kept_blocks: Sequence[int]) -> dict
             pruned[key] = {str(position[int(k)]): v for k, v in value.items() if int(k) in position}
         elif isinstance(value, list) and len(value) == depth and not _matches(key, _NEVER_PER_BLOCK):
             pruned[key] = [value[block] for block in kept_blocks]
+    types = layer_types(config)
+    if types is not None and len(kept_blocks) < depth:
+        # said outright: the rule that they follow from counts blocks, and some of these are gone
+        pruned["layer_types"] = [types[block] for block in kept_blocks]
     pruned["num_hidden_layers"] = len(kept_blocks)
     return pruned
 

@@ -11,21 +11,20 @@ for the longest row is held for every row.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from sparsert import ops
 from sparsert.errors import InputError
-from sparsert.models.config import DecoderConfig
 from sparsert.models.decoder import SelfAttention, causal_attention
 from sparsert.ops import AttentionShape
 
 
-def kv_bytes_per_token(config: DecoderConfig, num_blocks: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one token of one text takes in ``num_blocks`` blocks."""
-    return 2 * num_blocks * config.num_kv_heads * config.head_dim * dtype.itemsize
+def kv_bytes_per_token(shapes: Iterable[AttentionShape], dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token of one text takes in attention layers of these shapes."""
+    return 2 * dtype.itemsize * sum(shape.num_kv_heads * shape.head_dim for shape in shapes)
 
 
 class KVCache:
@@ -62,8 +61,7 @@ class KVCache:
             self.keys = [zeros(shape) for shape in shapes]
             self.values = [zeros(shape) for shape in shapes]
         except torch.OutOfMemoryError:
-            per_token = 2 * dtype.itemsize * sum(shape.num_kv_heads * shape.head_dim for shape in shapes)
-            needed = per_token * batch_size * length
+            needed = kv_bytes_per_token(shapes, dtype) * batch_size * length
             raise InputError(
                 f"no room on {device} for a KV cache of {needed / 1e9:.2f} GB ({batch_size} texts of {length} tokens); "
                 f"give fewer prompts at once, fewer new tokens, or a smaller max_length"
@@ -101,7 +99,7 @@ class PrefillAttention:
         q, k, v = layer.split(heads)
         self._cache.keys[slot][:batch, :, :tokens].copy_(k.transpose(1, 2))
         self._cache.values[slot][:batch, :, :tokens].copy_(v.transpose(1, 2))
-        return causal_attention(q, k, v)
+        return causal_attention(q, k, v, layer.shape)
 
 
 class DecodeAttention:

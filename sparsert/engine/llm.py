@@ -253,7 +253,7 @@ class LLM:
             "backend": self.backend,
             "kernel": kernel,
             "max_length": self.max_length,
-            "kv_bytes_per_token": kv_bytes_per_token(model.config, len(model.blocks), model.dtype),
+            "kv_bytes_per_token": kv_bytes_per_token(model.attention_shapes, model.dtype),
             "load_s": round(self.load_s, 3),
             "warnings": [*report.warnings, *fallback],
         }

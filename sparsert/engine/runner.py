@@ -146,7 +146,7 @@ class Runner:
         rows = 1 << (batch - 1).bit_length()
         capacity = -(-window_for(length, self.max_length) // _LENGTH_UNIT) * _LENGTH_UNIT
         self._graphs = self._cache = old = None  # free before the larger one is made
-        self.model.rotary.reserve_(capacity, self.model.device, self.model.dtype)
+        self.model.reserve_positions_(capacity)
         self._cache = KVCache(self.model.attention_shapes, rows, capacity, self.model.device, self.model.dtype)
         if self.model.device.type == "cuda":
             self._graphs = DecodeGraphs(self._step)

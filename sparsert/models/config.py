@@ -1,12 +1,10 @@
-"""What a decoder is, as data: sizes, rope, biases, special tokens.
+"""What a decoder is, as data: its sizes, and for each block what its attention and feed-forward layer compute.
 
-``config.json`` of a Hugging Face checkpoint is read once, checked, and turned into a frozen record, so
-that nothing behind it asks a dictionary for a key that may be missing or spelt in the way of another
-release. What the forward cannot compute is refused here, by name, before a tensor is read. What it
-gives up: keys that do not change the forward (dropout, initialiser range, cache switches) are ignored.
-
-Source: the configuration of ``LlamaForCausalLM`` in transformers 4 (``rope_theta``, ``rope_scaling``)
-and 5 (``rope_parameters``); defaults of missing keys are those of its ``LlamaConfig``.
+A :class:`DecoderConfig` is read once from the ``config.json`` of a Hugging Face checkpoint
+(:mod:`sparsert.models.families`), checked, and frozen, so that nothing behind it asks a dictionary for a key
+that may be missing or spelt in the way of another release, and nothing asks for the name of an architecture:
+the one forward looks only at what stands here. What may differ from block to block, in models whose layers
+were pruned to different widths as well as in those that mix kinds of attention, stands in the block.
 """
 
 from __future__ import annotations
@@ -15,17 +13,20 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from sparsert.errors import CheckpointError, UnsupportedError
+from sparsert.models.config_values import token_ids
+from sparsert.ops import AttentionShape
+from sparsert.schedule import LayerPlan
 
-#: Values of ``architectures[0]`` in config.json that can be run.
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
-
-SUPPORTED_ACTIVATIONS = ("silu",)
-
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
-
-#: LlamaConfig's spelling of the activation that torch calls silu.
-_ACTIVATION_ALIASES = {"swish": "silu"}
+__all__ = [
+    "AttentionConfig",
+    "BlockConfig",
+    "DecoderConfig",
+    "LinearShape",
+    "MLPConfig",
+    "NormConfig",
+    "RopeConfig",
+    "token_ids",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class RopeConfig:
     """Rotary position embedding.
 
     Attributes:
-        kind: one of :data:`SUPPORTED_ROPE_TYPES`.
+        kind: ``default``, ``linear`` or ``llama3``.
         theta: base of the wavelengths.
         factor: by how much positions are stretched (linear, llama3).
         low_freq_factor, high_freq_factor: llama3: wavelengths above ``original / low`` tokens are
@@ -50,6 +51,21 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class NormConfig:
+    """The norms of a model, which are all of one kind.
+
+    Attributes:
+        eps: added to the mean square or variance.
+        centered: LayerNorm, with a bias, instead of RMSNorm.
+        stored_minus_one: the checkpoint holds ``weight - 1``; the sum is formed, and used, in float32.
+    """
+
+    eps: float
+    centered: bool = False
+    stored_minus_one: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class LinearShape:
     """Shape of one linear layer of a block."""
 
@@ -59,42 +75,82 @@ class LinearShape:
 
 
 @dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """The attention layer of a block.
+
+    Attributes:
+        shape: heads, their widths, and what is done to the scores.
+        rope: rotary position embedding of the first ``shape.rotary_dim`` dimensions of a head.
+        bias: whether the query, key and value projections add one.
+        output_bias: whether the output projection does.
+        head_norms: queries and keys are normed head by head.
+    """
+
+    shape: AttentionShape
+    rope: RopeConfig
+    bias: bool = False
+    output_bias: bool = False
+    head_norms: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig:
+    """The feed-forward layer of a block.
+
+    Attributes:
+        intermediate_size: its width.
+        activation: one of :data:`sparsert.ops.ACTIVATIONS`.
+        gated: ``activation(gate(x)) * up(x)``; otherwise ``activation(up(x))``.
+        bias: whether its linear layers add one.
+    """
+
+    intermediate_size: int
+    activation: str = "silu"
+    gated: bool = True
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """One block; None stands for a layer that the model does not have there."""
+
+    attention: AttentionConfig | None
+    mlp: MLPConfig | None
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """A decoder-only transformer.
 
     Attributes:
         architecture: the Hugging Face class name.
         hidden_size: width of the residual stream.
-        num_blocks: transformer blocks in the checkpoint, before any is skipped.
-        num_heads, num_kv_heads: query and key/value heads; the first is a multiple of the second.
-        head_dim: width of one head; not always ``hidden_size / num_heads``.
-        intermediate_size: width of the feed-forward layer.
         vocab_size: rows of the embedding and of the head.
-        rms_norm_eps: added to the mean square in every norm.
-        rope: rotary position embedding.
+        blocks: all blocks of the checkpoint, before any is skipped.
+        norm: the kind of norm.
+        post_norms: what a layer computes is normed as well, before it is added to the stream.
+        fused_tensors: the checkpoint stores query, key and value as one tensor, and gate and up as one.
+        body_prefixes: how names of tensors inside the model may begin, the usual one first.
+        embedding_scale: factor of the embedding, rounded to the model's dtype; None: no factor.
+        logit_softcap: logits become ``softcap * tanh(logit / softcap)``; None: they stay.
         tie_word_embeddings: the head uses the embedding's matrix.
-        attention_bias, mlp_bias: whether the linear layers of that part add a bias.
         max_position_embeddings: longest sequence that the model was made for, in tokens.
-        activation: of the gate.
         bos_token_id: first token of a text, if the model has one.
         eos_token_ids: tokens that end a text; may be empty.
     """
 
     architecture: str
     hidden_size: int
-    num_blocks: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
     vocab_size: int
-    rms_norm_eps: float
-    rope: RopeConfig
+    blocks: tuple[BlockConfig, ...]
+    norm: NormConfig
+    post_norms: bool
+    fused_tensors: bool
+    body_prefixes: tuple[str, ...]
+    embedding_scale: float | None
+    logit_softcap: float | None
     tie_word_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
     max_position_embeddings: int
-    activation: str
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
@@ -103,148 +159,80 @@ class DecoderConfig:
         """Read the content of a ``config.json``.
 
         Raises:
-            UnsupportedError: architecture, activation, rope type or quantisation that the forward does
+            UnsupportedError: architecture, activation, rope type, key or quantisation that the forward does
                 not compute; the message lists what it does.
             CheckpointError: a size is missing, of the wrong type, or contradicts another.
         """
-        architecture = _architecture(config)
-        _check_stored_plain(config)
-        activation = config.get("hidden_act", "silu")
-        activation = _ACTIVATION_ALIASES.get(activation, activation)
-        _check_supported("hidden_act", activation, SUPPORTED_ACTIVATIONS)
-        hidden_size = _size(config, "hidden_size")
-        num_heads = _size(config, "num_attention_heads")
-        num_kv_heads = _size(config, "num_key_value_heads", num_heads)
-        if num_heads % num_kv_heads:
-            raise CheckpointError(
-                f"config.json: num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
-            )
-        if config.get("head_dim") is None and hidden_size % num_heads:
-            raise CheckpointError(
-                f"config.json: hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads} "
-                f"and there is no head_dim; add it"
-            )
-        head_dim = _size(config, "head_dim", hidden_size // num_heads)
-        if head_dim % 2:
-            raise CheckpointError(f"config.json: head_dim {head_dim} is odd; rotary embeddings turn pairs")
-        max_position_embeddings = _size(config, "max_position_embeddings", 2048)
-        return cls(
-            architecture=architecture,
-            hidden_size=hidden_size,
-            num_blocks=_size(config, "num_hidden_layers"),
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            intermediate_size=_size(config, "intermediate_size"),
-            vocab_size=_size(config, "vocab_size"),
-            rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
-            rope=_rope(config, max_position_embeddings),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=bool(config.get("attention_bias", False)),
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            max_position_embeddings=max_position_embeddings,
-            activation=activation,
-            bos_token_id=next(iter(token_ids(config, "bos_token_id")), None),
-            eos_token_ids=token_ids(config, "eos_token_id"),
+        from sparsert.models.families import read_config
+
+        return read_config(config)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the checkpoint, before any is skipped."""
+        return len(self.blocks)
+
+    def running(self, block: int, plan: LayerPlan | None = None) -> BlockConfig:
+        """A block without the layers that a plan skips; default all run."""
+        config = self.blocks[block]
+        if plan is None:
+            return config
+        return BlockConfig(
+            config.attention if plan.runs_attention(block) else None, config.mlp if plan.runs_mlp(block) else None
         )
 
-    def block_linears(self) -> dict[str, LinearShape]:
-        """The linear layers of one block by their name inside the block, in the order they run."""
-        attention, hidden = self.num_heads * self.head_dim, self.hidden_size
-        key_value = self.num_kv_heads * self.head_dim
-        return {
-            "self_attn.q_proj": LinearShape(attention, hidden, self.attention_bias),
-            "self_attn.k_proj": LinearShape(key_value, hidden, self.attention_bias),
-            "self_attn.v_proj": LinearShape(key_value, hidden, self.attention_bias),
-            "self_attn.o_proj": LinearShape(hidden, attention, self.attention_bias),
-            "mlp.gate_proj": LinearShape(self.intermediate_size, hidden, self.mlp_bias),
-            "mlp.up_proj": LinearShape(self.intermediate_size, hidden, self.mlp_bias),
-            "mlp.down_proj": LinearShape(hidden, self.intermediate_size, self.mlp_bias),
-        }
+    def block_linears(self, block: int, plan: LayerPlan | None = None) -> dict[str, LinearShape]:
+        """The linear layers of a block by their name inside it, in the order they run; without what a plan skips."""
+        hidden, config = self.hidden_size, self.running(block, plan)
+        linears: dict[str, LinearShape] = {}
+        if config.attention is not None:
+            shape, bias = config.attention.shape, config.attention.bias
+            queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+            linears["self_attn.q_proj"] = LinearShape(queries, hidden, bias)
+            linears["self_attn.k_proj"] = LinearShape(keys, hidden, bias)
+            linears["self_attn.v_proj"] = LinearShape(keys, hidden, bias)
+            linears["self_attn.o_proj"] = LinearShape(hidden, queries, config.attention.output_bias)
+        if config.mlp is not None:
+            width, bias = config.mlp.intermediate_size, config.mlp.bias
+            if config.mlp.gated:
+                linears["mlp.gate_proj"] = LinearShape(width, hidden, bias)
+            linears["mlp.up_proj"] = LinearShape(width, hidden, bias)
+            linears["mlp.down_proj"] = LinearShape(hidden, width, bias)
+        return linears
 
+    def block_norms(self, block: int, plan: LayerPlan | None = None) -> dict[str, int]:
+        """Widths of the norms of a block by their name inside it; without what a plan skips."""
+        config, norms = self.running(block, plan), {}
+        for part, layer in (("attention", config.attention), ("mlp", config.mlp)):
+            if layer is not None:
+                norms[f"{part}_norm"] = self.hidden_size
+                if self.post_norms:
+                    norms[f"{part}_post_norm"] = self.hidden_size
+        if config.attention is not None and config.attention.head_norms:
+            norms["self_attn.q_norm"] = norms["self_attn.k_norm"] = config.attention.shape.head_dim
+        return norms
 
-def token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    """Token ids under ``key``: absent, one number or a list of them.
+    def attention_shapes(self, plan: LayerPlan | None = None) -> tuple[AttentionShape, ...]:
+        """What the attention layers compute, in order; without what a plan skips."""
+        running = [self.running(block, plan).attention for block in range(self.num_blocks)]
+        return tuple(attention.shape for attention in running if attention is not None)
 
-    Raises:
-        CheckpointError: anything else.
-    """
-    value = config.get(key)
-    if value is None:
-        return ()
-    values = value if isinstance(value, list) else [value]
-    if not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in values):
-        raise CheckpointError(f"{key} is {value!r}; it must be a token id or a list of token ids")
-    return tuple(values)
+    @property
+    def num_heads(self) -> int:
+        """Query heads of the block that has most; this and the following three are for estimates and summaries."""
+        return max((shape.num_heads for shape in self.attention_shapes()), default=0)
 
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads of the block that has most."""
+        return max((shape.num_kv_heads for shape in self.attention_shapes()), default=0)
 
-def _architecture(config: Mapping[str, Any]) -> str:
-    names = config.get("architectures") or []
-    if names:
-        architecture = str(names[0])
-    elif config.get("model_type") == "llama":
-        # a configuration saved without its model names no class; Llama has one decoder only
-        architecture = "LlamaForCausalLM"
-    else:
-        architecture = f"model_type {config.get('model_type')!r}"
-    _check_supported("architecture", architecture, SUPPORTED_ARCHITECTURES)
-    return architecture
+    @property
+    def head_dim(self) -> int:
+        """Width of a head in the block that has the widest."""
+        return max((shape.head_dim for shape in self.attention_shapes()), default=0)
 
-
-def _check_stored_plain(config: Mapping[str, Any]) -> None:
-    """Refuse weights that are not stored as plain tensors; a record of sparsity in plain tensors is fine."""
-    quantization = config.get("quantization_config")
-    if not quantization:
-        return
-    sparsity = quantization.get("sparsity_config") or {}
-    if quantization.get("config_groups") or sparsity.get("format") != "dense":
-        raise UnsupportedError(
-            f"config.json: weights stored under quantization_config (method {quantization.get('quant_method')!r}) "
-            f"cannot be loaded; give the checkpoint in bfloat16, float16 or float32, with zeros where it is pruned"
-        )
-
-
-def _check_supported(what: str, value: object, supported: tuple[str, ...]) -> None:
-    if value not in supported:
-        raise UnsupportedError(f"config.json: {what} {value} cannot be run; supported: {', '.join(supported)}")
-
-
-def _number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        given = "is missing" if value is None else f"is {value!r}"
-        raise CheckpointError(f"config.json: {key} {given}; a positive number is needed")
-    return float(value)
-
-
-def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = _number(config, key, default)
-    if value != int(value):
-        raise CheckpointError(f"config.json: {key} is {value}; a whole number is needed")
-    return int(value)
-
-
-def _rope(config: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
-    parameters: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    _check_supported("rope type", kind, SUPPORTED_ROPE_TYPES)
-    for holder in (parameters, config):
-        if holder.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UnsupportedError(
-                f"config.json: partial_rotary_factor {holder['partial_rotary_factor']} cannot be run; supported: 1.0"
-            )
-    theta = _number(parameters, "rope_theta", _number(config, "rope_theta", 10000.0))
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if kind == "linear":
-        return RopeConfig(kind, theta, _number(parameters, "factor"))
-    return RopeConfig(
-        kind,
-        theta,
-        _number(parameters, "factor"),
-        _number(parameters, "low_freq_factor"),
-        _number(parameters, "high_freq_factor"),
-        _size(parameters, "original_max_position_embeddings", max_position_embeddings),
-    )
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the widest feed-forward layer."""
+        return max((block.mlp.intermediate_size for block in self.blocks if block.mlp is not None), default=0)

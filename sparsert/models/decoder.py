@@ -1,179 +1,206 @@
 """One decoder forward for all supported architectures.
 
-The modules know nothing of caches: attention over past tokens is a callable that the caller passes in
-(:class:`Attention`), so the very same forward serves a plain causal pass (:class:`CausalAttention`),
-prefill into a cache, and a decode step inside a CUDA graph. Nothing here looks at a tensor's values on
-the host or lets a shape depend on them, which is what capture asks for.
+What tells families apart stands in the configuration (:mod:`sparsert.models.families`); here is a chain of
+layers, attention and feed-forward in turn. Each is behind a norm; its output projection and the addition to
+the residual stream are left to the norm that follows, because projection, addition and norm can be one kernel.
+A layer that the configuration lacks or the layer plan skips is not there: no module, no memory, no norm, no
+place in a cache.
 
-Numbers follow transformers: norms in fp32 and rounded before the weight multiplies, rotary tables in
-fp32 and rounded, attention by torch's scaled dot product. The module tree has one block for each block
-of the layer plan that runs; numbers of skipped blocks appear nowhere.
+    pending --norm--> stream, normed --layer--> pending --norm--> ... --final norm--> head
 
-Source: Touvron et al., "LLaMA" (2023); ``LlamaForCausalLM`` of transformers.
+Nothing here looks at a tensor's values on the host or lets a shape depend on them, which is what CUDA graphs
+ask for. Numbers follow transformers: norms in fp32, rotary tables in fp32 and rounded, attention by torch's
+scaled dot product.
+
+Source: Touvron et al., "LLaMA" (2023); the modeling files of transformers.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import functools
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from sparsert import ops
 from sparsert.errors import InputError
-from sparsert.models.config import DecoderConfig
+from sparsert.models.attention import Attention, CausalAttention, SelfAttention, causal_attention
+from sparsert.models.config import DecoderConfig, LinearShape, MLPConfig, NormConfig, RopeConfig
 from sparsert.models.linears import LinearGroup, meta_linear
 from sparsert.models.report import LoadReport
 from sparsert.models.rope import RotaryEmbedding
-from sparsert.schedule import LayerPlan
+from sparsert.nn import SparseLinear
+from sparsert.schedule import LayerPlan, format_block_list
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "CausalAttention",
+    "DecoderBlock",
+    "DecoderModel",
+    "Norm",
+    "SelfAttention",
+    "causal_attention",
+]
+
+#: Routes of other plans than the model's own that are remembered.
+_ROUTES_KEPT = 64
 
 
-class Attention(Protocol):
-    """How the new tokens of one layer see each other and earlier ones; it knows their positions."""
+class Norm(nn.Module):
+    """The weights of a norm; the arithmetic is :func:`sparsert.ops.residual_norm`."""
 
-    def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor:
-        """Norm and rotate heads, keep keys and values if there is a cache, and attend.
+    bias: nn.Parameter | None
 
-        Args:
-            slot: number of the layer among the model's attention layers; its place in a cache.
-            heads: ``[batch, tokens, num_heads + 2 * num_kv_heads, head_dim]``: queries, keys, values.
-            layer: whose ``shape``, ``q_norm``, ``k_norm`` and ``rotary`` apply.
-
-        Returns:
-            ``[batch, tokens, num_heads, head_dim]``.
-        """
-        ...
-
-
-class CausalAttention:
-    """Each token sees itself and those before it in this call, from position 0; nothing is kept."""
-
-    def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor:
-        """See :class:`Attention`."""
-        return causal_attention(*layer.split(heads))
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of tokens among themselves; q, k, v and the result are ``[batch, tokens, heads, head_dim]``."""
-    grouped = q.shape[2] != k.shape[2]
-    attended = functional.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=grouped
-    )
-    return attended.transpose(1, 2)
-
-
-class RMSNorm(nn.Module):
-    """The weight of a norm; the arithmetic is :func:`sparsert.ops.residual_norm`."""
-
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, config: NormConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, device="meta"), requires_grad=False)
-        self.eps = eps
+        self.bias = nn.Parameter(torch.empty(width, device="meta"), requires_grad=False) if config.centered else None
+        self.eps = config.eps
+        self.centered = config.centered
 
-    def forward(self, x: Tensor, stream: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Add ``x`` to the residual stream and norm the sum; returns (stream, normed), each like x."""
-        return ops.residual_norm(x, stream, self.weight, self.eps)
-
-
-class SelfAttention(nn.Module):
-    """Grouped-query attention with rotary positions.
-
-    Attributes:
-        shape: what it computes.
-        rotary: tables of cosines and sines, shared by all layers.
-        q_norm, k_norm: weights of norms over each head, or None.
-    """
-
-    q_norm: nn.Parameter | None
-    k_norm: nn.Parameter | None
-
-    def __init__(self, config: DecoderConfig, rotary: RotaryEmbedding) -> None:
-        super().__init__()
-        shapes = config.block_linears()
-        self.shape = ops.AttentionShape(
-            config.num_heads, config.num_kv_heads, config.head_dim, config.head_dim, scale=config.head_dim**-0.5
-        )
-        # not registered: the model owns the tables
-        self._rotary = (rotary,)
-        self.q_norm = self.k_norm = None
-        self.qkv_proj = LinearGroup({name: shapes[f"self_attn.{name}"] for name in ("q_proj", "k_proj", "v_proj")})
-        self.o_proj: nn.Module = meta_linear(shapes["self_attn.o_proj"])
-
-    @property
-    def rotary(self) -> RotaryEmbedding:
-        """Tables of cosines and sines."""
-        return self._rotary[0]
-
-    def split(self, heads: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed and rotated queries and keys, and values.
+    def forward(
+        self, pending: Pending, consumer: LinearGroup | None = None
+    ) -> tuple[Tensor, Tensor | ops.DeferredNorm]:
+        """Finish the last layer, add it to the residual stream, and norm the sum.
 
         Args:
-            heads: ``[batch, tokens, num_heads + 2 * num_kv_heads, head_dim]``.
-            positions: int64 ``[batch, tokens]``, each below ``rotary.length``; default ``0 .. tokens - 1``.
+            pending: of the last layer.
+            consumer: what takes the result, if it can take one whose division is put off.
 
         Returns:
-            ``[batch, tokens, heads, head_dim]`` each.
+            (stream, normed), each ``[batch, tokens, hidden]``; normed is deferred only if ``consumer`` takes that.
         """
-        tables = self.rotary.first(heads.shape[1]) if positions is None else self.rotary(positions)
-        return ops.split_heads(heads, tables[0], tables[1], self.shape, self.q_norm, self.k_norm)
+        x, stream, layer, post_norm = pending
+        defers = not self.centered and self.bias is None and post_norm is None and stream is not None
+        if defers and isinstance(layer, SparseLinear) and consumer is not None and consumer.takes_deferred(x):
+            assert stream is not None
+            return ops.linear24_close(
+                x, layer.packed(), layer.bias, stream, self.weight, self.eps, backend=layer.backend
+            )
+        if layer is not None:
+            x = layer(x)
+        post_weight = post_norm.weight if post_norm is not None else None
+        return ops.residual_norm(
+            x, stream, self.weight, self.eps, bias=self.bias, post_weight=post_weight, centered=self.centered
+        )
 
-    def forward(self, x: Tensor, attention: Attention, slot: int) -> Tensor:
-        """``[batch, tokens, hidden]`` -> the same shape."""
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.shape.head_dim))
-        output: Tensor = self.o_proj(attention(slot, heads, self).flatten(-2))
-        return output
+
+class Pending(NamedTuple):
+    """What is still to be added to the residual stream.
+
+    Attributes:
+        x: ``[batch, tokens, width]``: input of the last layer's output projection.
+        stream: the residual stream, ``[batch, tokens, hidden]``; None at the start, where x is the stream.
+        layer: the output projection, still to be applied; None at the start.
+        post_norm: norms what is added, or None.
+    """
+
+    x: Tensor
+    stream: Tensor | None = None
+    layer: nn.Module | None = None
+    post_norm: Norm | None = None
 
 
-class GatedMLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))``."""
+class MLP(nn.Module):
+    """``down(activation(gate(x)) * up(x))``, or ``down(activation(up(x)))`` where there is no gate.
 
-    def __init__(self, config: DecoderConfig) -> None:
+    Attributes:
+        gate_up_proj: gate and up as one layer; up alone where there is no gate.
+        down_proj: the output projection.
+    """
+
+    def __init__(self, config: MLPConfig, linears: dict[str, LinearShape]) -> None:
         super().__init__()
-        shapes = config.block_linears()
-        self.gate_up_proj = LinearGroup({name: shapes[f"mlp.{name}"] for name in ("gate_proj", "up_proj")})
-        self.down_proj: nn.Module = meta_linear(shapes["mlp.down_proj"])
+        inner = ("gate_proj", "up_proj") if config.gated else ("up_proj",)
+        self.activation, self.gated = config.activation, config.gated
+        self.gate_up_proj = LinearGroup({name: linears[f"mlp.{name}"] for name in inner})
+        self.down_proj: nn.Module = meta_linear(linears["mlp.down_proj"])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., hidden]`` -> the same shape."""
-        output: Tensor = self.down_proj(self.gate_up_proj.gated(x, "silu"))
-        return output
+    def forward(self, x: Tensor | ops.DeferredNorm) -> Tensor:
+        """``[..., hidden]`` -> ``[..., intermediate]``, the input of ``down_proj``."""
+        return self.gate_up_proj.activated(x, self.activation, gated=self.gated)
 
 
 class DecoderBlock(nn.Module):
-    """Attention, then feed-forward, each behind a norm and added to the residual stream.
+    """Attention, then feed-forward; either may be missing.
 
-    What a sub-block computes is added by the norm that follows it, so that addition and norm are one step.
+    Attributes:
+        index: of the block in the checkpoint.
+        attention_norm, mlp_norm: in front of the layers.
+        attention_post_norm, mlp_post_norm: of what they compute, where the model has them.
+        self_attn, mlp: the layers.
     """
 
-    def __init__(self, config: DecoderConfig, rotary: RotaryEmbedding) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config, rotary)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(config)
+    attention_norm: Norm | None
+    attention_post_norm: Norm | None
+    self_attn: SelfAttention | None
+    mlp_norm: Norm | None
+    mlp_post_norm: Norm | None
+    mlp: MLP | None
 
-    def forward(self, x: Tensor, stream: Tensor | None, attention: Attention, slot: int) -> tuple[Tensor, Tensor]:
+    def __init__(self, config: DecoderConfig, plan: LayerPlan, index: int, rotary: RotaryEmbedding | None) -> None:
+        """Make a block without weights.
+
+        Args:
+            config: of the whole model.
+            plan: what of it runs.
+            index: of the block in the checkpoint.
+            rotary: tables of the block's attention, None without.
+        """
+        super().__init__()
+        self.index = index
+        running, linears = config.running(index, plan), config.block_linears(index, plan)
+        norms = config.block_norms(index, plan)
+        for name in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"):
+            setattr(self, name, Norm(norms[name], config.norm) if name in norms else None)
+        self.self_attn = self.mlp = None
+        if running.attention is not None and rotary is not None:
+            self.self_attn = SelfAttention(running.attention, linears, rotary)
+        if running.mlp is not None:
+            self.mlp = MLP(running.mlp, linears)
+
+    def forward(
+        self, pending: Pending, attention: Attention, slot: int, *, runs_attention: bool = True, runs_mlp: bool = True
+    ) -> Pending:
         """Run the block.
 
         Args:
-            x: ``[batch, tokens, hidden]``: what is still to be added to the stream.
-            stream: the residual stream, or None at the start.
+            pending: of the layer before.
+            attention: see :class:`Attention`.
+            slot: of the block's attention layer; without meaning if it has none.
+            runs_attention, runs_mlp: leave out a layer that is there.
 
         Returns:
-            x and stream for the next block.
+            What is pending now.
         """
-        stream, normed = self.input_layernorm(x, stream)
-        stream, normed = self.post_attention_layernorm(self.self_attn(normed, attention, slot), stream)
-        return self.mlp(normed), stream
+        if runs_attention and self.self_attn is not None and self.attention_norm is not None:
+            stream, normed = self.attention_norm(pending, self.self_attn.qkv_proj)
+            attended = self.self_attn(normed, attention, slot)
+            pending = Pending(attended, stream, self.self_attn.o_proj, self.attention_post_norm)
+        if runs_mlp and self.mlp is not None and self.mlp_norm is not None:
+            stream, normed = self.mlp_norm(pending, self.mlp.gate_up_proj)
+            pending = Pending(self.mlp(normed), stream, self.mlp.down_proj, self.mlp_post_norm)
+        return pending
+
+
+class _Stop(NamedTuple):
+    """A block on the way of a plan."""
+
+    block: DecoderBlock
+    slot: int
+    runs_attention: bool
+    runs_mlp: bool
 
 
 class DecoderModel(nn.Module):
-    """A decoder whose blocks are those that a layer plan keeps. Made by ``load_model``.
+    """A decoder whose layers are those that a layer plan keeps. Made by ``load_model``.
 
     Attributes:
         config: the architecture; ``config.num_blocks`` counts the checkpoint's blocks.
-        plan: which of them run; ``len(blocks) == len(plan.kept)``.
+        plan: what of it is resident; ``len(blocks) == len(plan.kept)``.
+        rotaries: tables of cosines and sines, one for each rope that the attention layers use.
         report: how each linear layer was loaded.
     """
 
@@ -181,22 +208,29 @@ class DecoderModel(nn.Module):
 
     def __init__(self, config: DecoderConfig, plan: LayerPlan) -> None:
         super().__init__()
-        if plan.num_blocks != config.num_blocks:
-            raise InputError(f"the layer plan is for {plan.num_blocks} blocks, the model has {config.num_blocks}")
+        _check_blocks(plan, config)
         self.config = config
         self.plan = plan
         self.report = LoadReport({}, ())
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, device="meta")
-        self.rotary = RotaryEmbedding(config.rope, config.head_dim)
-        self.blocks = nn.ModuleList([DecoderBlock(config, self.rotary) for _ in plan.kept])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        tables: dict[tuple[RopeConfig, int], RotaryEmbedding] = {}
+        blocks = []
+        for index in plan.kept:
+            attention, rotary = config.running(index, plan).attention, None
+            if attention is not None:
+                kind = (attention.rope, attention.shape.rotary_dim)
+                rotary = tables.setdefault(kind, RotaryEmbedding(*kind))
+            blocks.append(DecoderBlock(config, plan, index, rotary))
+        self.rotaries = nn.ModuleList(tables.values())
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = Norm(config.hidden_size, config.norm)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
+        self._routes: dict[LayerPlan, tuple[_Stop, ...]] = {}
 
     @property
     def attention_shapes(self) -> tuple[ops.AttentionShape, ...]:
-        """What each attention layer computes, by slot."""
-        blocks: list[Any] = list(self.blocks)
-        return tuple(block.self_attn.shape for block in blocks)
+        """What each resident attention layer computes, by slot."""
+        return self.config.attention_shapes(self.plan)
 
     @property
     def device(self) -> torch.device:
@@ -208,28 +242,110 @@ class DecoderModel(nn.Module):
         """dtype of activations and values."""
         return self.embed_tokens.weight.dtype
 
-    def forward(self, tokens: Tensor, attention: Attention | None = None, *, rows: Tensor | None = None) -> Tensor:
+    def reserve_positions_(self, length: int) -> None:
+        """Make the rotary tables hold at least ``length`` positions; tables that do are left where they are."""
+        for rotary in self.rotaries:
+            assert isinstance(rotary, RotaryEmbedding)
+            rotary.reserve_(length, self.device, self.dtype)
+
+    def check_plan(self, plan: LayerPlan) -> None:
+        """Check that all that a plan runs is resident; layers that the model never had do not count.
+
+        Raises:
+            InputError: a plan for another number of blocks, or one that runs what was not loaded.
+        """
+        self._route(plan)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        attention: Attention | None = None,
+        *,
+        rows: Tensor | None = None,
+        plan: LayerPlan | None = None,
+    ) -> Tensor:
         """Logits of the next token.
 
         Args:
             tokens: int64 ``[batch, tokens]`` on the model's device.
             attention: default plain causal attention within this call, from position 0; another one needs
-                ``rotary.reserve_`` for its positions.
+                :meth:`reserve_positions_`.
             rows: int64 ``[batch]``: the one token of each text whose logits are wanted; default all.
+            plan: run only this part of what is resident; default all. Slots keep their numbers, so a cache
+                serves every plan.
 
         Returns:
             ``[batch, tokens, vocabulary]``, or ``[batch, vocabulary]`` with ``rows``, in the model's dtype.
+
+        Raises:
+            InputError: see :meth:`check_plan`.
         """
+        route = self._route(plan or self.plan)
         if attention is None:
-            self.rotary.reserve_(tokens.shape[1], self.device, self.dtype)
+            self.reserve_positions_(tokens.shape[1])
             attention = CausalAttention()
-        x, stream = self.embed_tokens(tokens), None
-        for slot, block in enumerate(self.blocks):
-            x, stream = block(x, stream, attention, slot)
+        x = self.embed_tokens(tokens)
+        if self.config.embedding_scale is not None:
+            x = x * _rounded(self.config.embedding_scale, self.dtype)
+        pending = Pending(x)
+        for stop in route:
+            pending = stop.block(
+                pending, attention, stop.slot, runs_attention=stop.runs_attention, runs_mlp=stop.runs_mlp
+            )
         if rows is not None:
-            x, stream = _pick(x, rows), _pick(stream, rows) if stream is not None else None
-        logits: Tensor = self.lm_head(self.norm(x, stream)[1])
-        return logits
+            stream = pending.stream
+            pending = pending._replace(
+                x=_pick(pending.x, rows), stream=_pick(stream, rows) if stream is not None else None
+            )
+        logits: Tensor = self.lm_head(self.norm(pending)[1])
+        cap = self.config.logit_softcap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    def _route(self, plan: LayerPlan) -> tuple[_Stop, ...]:
+        """The blocks that a plan runs; checked once for each plan."""
+        route = self._routes.get(plan)
+        if route is None:
+            route = self._find_route(plan)
+            if len(self._routes) >= _ROUTES_KEPT:
+                self._routes.clear()
+            self._routes[plan] = route
+        return route
+
+    def _find_route(self, plan: LayerPlan) -> tuple[_Stop, ...]:
+        _check_blocks(plan, self.config)
+        for part, runs, resident, has in (
+            ("attention", plan.runs_attention, self.plan.runs_attention, lambda block: block.attention is not None),
+            ("mlp", plan.runs_mlp, self.plan.runs_mlp, lambda block: block.mlp is not None),
+        ):
+            missing = [
+                index
+                for index, block in enumerate(self.config.blocks)
+                if has(block) and runs(index) and not resident(index)
+            ]
+            if missing:
+                raise InputError(
+                    f"the plan runs the {part} of block {format_block_list(missing)}, which is not loaded; load the "
+                    f"model with a plan that keeps it (loaded: {self.plan})"
+                )
+        route, slot = [], 0
+        for block in self.blocks:
+            assert isinstance(block, DecoderBlock)
+            attends, feeds = plan.runs_attention(block.index), plan.runs_mlp(block.index)
+            if attends or feeds:
+                route.append(_Stop(block, slot, attends, feeds))
+            slot += block.self_attn is not None
+        return tuple(route)
+
+
+def _check_blocks(plan: LayerPlan, config: DecoderConfig) -> None:
+    if plan.num_blocks != config.num_blocks:
+        raise InputError(f"the layer plan is for {plan.num_blocks} blocks, the model has {config.num_blocks}")
+
+
+@functools.cache
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """A number as the dtype holds it."""
+    return float(torch.tensor(value, dtype=dtype, device="cpu"))
 
 
 def _pick(x: Tensor, rows: Tensor) -> Tensor:

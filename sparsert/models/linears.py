@@ -53,21 +53,30 @@ class LinearGroup(nn.Module):
         self.joined = None
         self.interleaved = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | ops.DeferredNorm) -> Tensor:
         """``x: [..., in_features]`` -> ``[..., sum of out_features]``, in the order of the parts unless interleaved."""
+        if isinstance(x, ops.DeferredNorm):
+            if isinstance(self.joined, SparseLinear):
+                layer = self.joined
+                return ops.linear24_open(x, layer.packed(), layer.bias, backend=layer.backend)
+            x = x.resolve()
         if self.joined is not None:
             output: Tensor = self.joined(x)
             return output
         return torch.cat([part(x) for part in self.parts.values()], dim=-1)
 
-    def gated(self, x: Tensor, activation: str) -> Tensor:
-        """``activation(first part) * second part`` of two parts, ``[..., out_features of one]``."""
-        if self.interleaved and isinstance(self.joined, SparseLinear):
-            layer = self.joined
+    def activated(self, x: Tensor | ops.DeferredNorm, activation: str, *, gated: bool) -> Tensor:
+        """``activation(first part) * second part`` of two parts if ``gated``, else ``activation(outputs)``."""
+        layer = self.joined
+        if isinstance(layer, SparseLinear) and self.interleaved == gated:
             return ops.linear24_open(
-                x, layer.packed(), layer.bias, activation=activation, gated=True, backend=layer.backend
+                x, layer.packed(), layer.bias, activation=activation, gated=gated, backend=layer.backend
             )
-        return ops.activate(self(x), activation, gated=True, interleaved=self.interleaved)
+        return ops.activate(self(x), activation, gated=gated, interleaved=self.interleaved)
+
+    def takes_deferred(self, like: Tensor) -> bool:
+        """Whether a norm in front of it may put off its division, for as many rows as ``like`` has."""
+        return isinstance(self.joined, SparseLinear) and ops.fuses24(like, self.joined.backend)
 
     def join_(self, *, interleave: bool = False) -> bool:
         """Join the parts into one layer if they are of one kind; return whether they were.
@@ -79,6 +88,9 @@ class LinearGroup(nn.Module):
         Device memory grows by the group's own size until the parts are let go at the end.
         """
         parts = list(self.parts.values())
+        if len(parts) == 1:
+            self.joined, self.parts = parts[0], nn.ModuleDict()
+            return True
         sparse = [part for part in parts if isinstance(part, SparseLinear)]
         dense = [part for part in parts if isinstance(part, nn.Linear)]
         if len(sparse) == len(parts) and not any(part.out_features % ROW_TILE for part in sparse[:-1]):

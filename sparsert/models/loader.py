@@ -25,19 +25,14 @@ from sparsert import ops
 from sparsert.checkpoint import Checkpoint, MaskFile
 from sparsert.errors import CheckpointError, UnsupportedError
 from sparsert.formats.groups import count_groups
-from sparsert.models.config import DecoderConfig, LinearShape
+from sparsert.models.config import DecoderConfig, LinearShape, NormConfig
 from sparsert.models.decoder import DecoderBlock, DecoderModel
 from sparsert.models.linears import dense_linear
+from sparsert.models.names import StoredLinear, TensorNames
 from sparsert.models.placement import resolve_device, resolve_dtype
 from sparsert.models.report import LinearRecord, LoadReport, dense_warning
 from sparsert.nn import SparseLinear
 from sparsert.schedule import LayerPlan
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-NORM = "model.norm.weight"
-
-_BLOCK_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 #: Buffers that older releases of transformers stored; they follow from the configuration.
 _DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -83,29 +78,29 @@ def load_model(
     config = DecoderConfig.from_hf(checkpoint.config)
     plan = plan or LayerPlan.full(config.num_blocks)
     model = DecoderModel(config, plan)
-    tied = _check_tensors(checkpoint, config)
+    names = TensorNames(config, checkpoint)
+    tied = _check_tensors(checkpoint, config, names)
     if masks is not None:
-        masks.check({name: checkpoint.shape(name) for name in _linear_names(config, range(config.num_blocks))})
+        masks.check({name: checkpoint.shape(name) for name in names.linear_tensors()})
     target = resolve_device(device)
-    reader = _Reader(checkpoint, target, resolve_dtype(dtype, target, checkpoint.dtype(NORM)))
+    reader = _Reader(checkpoint, target, resolve_dtype(dtype, target, checkpoint.dtype(f"{names.norm}.weight")))
     _check_backend(config, backend, reader.device, reader.dtype)
     linears: dict[str, LinearRecord] = {}
     notes: list[str] = []
     with torch.no_grad():
-        _load_embeddings(model, reader, tied, notes)
-        model.norm.weight = reader.parameter(NORM)
+        _load_embeddings(model, names, reader, tied, notes)
+        model.norm.weight, model.norm.bias = reader.norm(names.norm, config.norm)
         for place, original in enumerate(_with_progress(plan.kept, progress)):
             block = model.blocks[place]
             assert isinstance(block, DecoderBlock)
-            for norm in _BLOCK_NORMS:
-                getattr(block, norm).weight = reader.parameter(f"model.layers.{original}.{norm}.weight")
-            for name, shape in config.block_linears().items():
-                full_name = f"model.layers.{original}.{name}.weight"
-                linear, linears[full_name] = _load_linear(full_name, shape, reader, masks, mask_maker, backend)
+            for name in config.block_norms(original, plan):
+                place_norm(block, name, *reader.norm(names.block_norm(original, name), config.norm))
+            for name, shape in config.block_linears(original, plan).items():
+                stored = names.block_linear(original, name)
+                linear, linears[stored.label] = _load_linear(stored, shape, reader, masks, mask_maker, backend)
                 place_linear(block, name, linear)
                 del linear
-            block.self_attn.qkv_proj.join_()
-            block.mlp.gate_up_proj.join_(interleave=True)
+            join_groups_(block)
     kept_dense = dense_warning(linears)
     if kept_dense:
         notes.append(kept_dense)
@@ -123,9 +118,11 @@ class _Reader:
     device: torch.device
     dtype: torch.dtype
 
-    def read(self, name: str, *, copy: bool = True) -> Tensor:
-        """One tensor; ``copy=False`` may return memory that the file is mapped to."""
+    def read(self, name: str, rows: tuple[int, int] | None = None, *, copy: bool = True) -> Tensor:
+        """One tensor, or some of its rows; ``copy=False`` may return memory that the file is mapped to."""
         stored = self.checkpoint.read(name)
+        if rows is not None:
+            stored = stored[slice(*rows)]
         # converted on the host, so the device never sees a wider copy; a copy is what outlives the file
         tensor = stored.to(self.dtype)
         if self.dtype == torch.float16 and stored.dtype != torch.float16 and not bool(tensor.isfinite().all()):
@@ -139,6 +136,15 @@ class _Reader:
         """One tensor as a parameter without gradient."""
         return nn.Parameter(self.read(name), requires_grad=False)
 
+    def norm(self, name: str, config: NormConfig) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """Weight of a norm as it is multiplied, and its bias; in float32 if the checkpoint holds ``weight - 1``."""
+        if not config.stored_minus_one:
+            bias = self.parameter(f"{name}.bias") if config.centered else None
+            return self.parameter(f"{name}.weight"), bias
+        wide = dataclasses.replace(self, dtype=torch.float32)
+        weight = nn.Parameter(wide.read(f"{name}.weight").add_(1), requires_grad=False)
+        return weight, wide.parameter(f"{name}.bias") if config.centered else None
+
 
 def _check_backend(config: DecoderConfig, backend: str, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse before loading a backend that could not run the packed layers."""
@@ -146,39 +152,20 @@ def _check_backend(config: DecoderConfig, backend: str, device: torch.device, dt
         if device.type == "cpu":
             raise UnsupportedError("backend='torch' (torch.sparse) needs a GPU; use backend='auto' on the CPU")
         return
-    shape = config.block_linears()["mlp.down_proj"]
-    ops.explain(shape.out_features, shape.in_features, 1, device=device, dtype=dtype, backend=backend)
-
-
-def _linear_names(config: DecoderConfig, blocks: range) -> Iterator[str]:
-    for block in blocks:
-        for name in config.block_linears():
-            yield f"model.layers.{block}.{name}.weight"
-
-
-def _expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors but embedding and head, removed blocks included."""
-    expected: dict[str, tuple[int, ...]] = {NORM: (config.hidden_size,)}
     for block in range(config.num_blocks):
-        prefix = f"model.layers.{block}."
-        for norm in _BLOCK_NORMS:
-            expected[f"{prefix}{norm}.weight"] = (config.hidden_size,)
-        for name, shape in config.block_linears().items():
-            expected[f"{prefix}{name}.weight"] = (shape.out_features, shape.in_features)
-            if shape.bias:
-                expected[f"{prefix}{name}.bias"] = (shape.out_features,)
-    return expected
+        for shape in config.block_linears(block).values():
+            ops.explain(shape.out_features, shape.in_features, 1, device=device, dtype=dtype, backend=backend)
+            return  # one layer stands for all
 
 
-def _check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> bool:
+def _check_tensors(checkpoint: Checkpoint, config: DecoderConfig, names: TensorNames) -> bool:
     """Check names, shapes and dtypes; return whether the head is to share the embedding's matrix."""
-    expected = _expected_shapes(config)
+    expected = names.expected()
     matrix = (config.vocab_size, config.hidden_size)
     # a tied checkpoint may hold the shared matrix under either name, or under both
-    tied = config.tie_word_embeddings and (EMBEDDING not in checkpoint or HEAD not in checkpoint)
-    expected.update({name: matrix for name in (EMBEDDING, HEAD) if not tied or name in checkpoint})
-    if tied and EMBEDDING not in checkpoint and HEAD not in checkpoint:
-        expected[EMBEDDING] = matrix
+    stored = [name for name in (names.embedding, names.head) if name in checkpoint]
+    tied = config.tie_word_embeddings and len(stored) < 2
+    expected.update(dict.fromkeys((stored or [names.embedding]) if tied else (names.embedding, names.head), matrix))
     where = checkpoint.directory
     missing = [name for name in expected if name not in checkpoint]
     if missing:
@@ -186,7 +173,12 @@ def _check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> bool:
             f"{where}: {len(missing)} tensors are missing: {_shown(missing)}; the checkpoint is incomplete, or "
             f"config.json (num_hidden_layers {config.num_blocks}) is of another model"
         )
-    unexpected = [name for name in checkpoint.names if name not in expected and not _DERIVED.search(name)]
+    absent = names.absent()
+    unexpected = [
+        name
+        for name in checkpoint.names
+        if name not in expected and not name.startswith(absent) and not _DERIVED.search(name)
+    ]
     if unexpected:
         raise CheckpointError(
             f"{where}: {len(unexpected)} tensors are none of a {config.architecture} with {config.num_blocks} blocks: "
@@ -216,25 +208,27 @@ def _shown(entries: list[str]) -> str:
     return ", ".join(entries[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _load_embeddings(model: DecoderModel, reader: _Reader, tied: bool, notes: list[str]) -> None:
+def _load_embeddings(model: DecoderModel, names: TensorNames, reader: _Reader, tied: bool, notes: list[str]) -> None:
     """Load embedding and head; a tied head is the embedding's own storage."""
-    embedding = EMBEDDING if EMBEDDING in reader.checkpoint else HEAD
+    embedding = names.embedding if names.embedding in reader.checkpoint else names.head
     model.embed_tokens.weight = reader.parameter(embedding)
     if tied:
         model.lm_head.weight = model.embed_tokens.weight
         return
-    head = reader.parameter(HEAD)
+    head = reader.parameter(names.head)
     if model.config.tie_word_embeddings:
         # both stored although config.json ties them: as in transformers, equal ones are shared
         if torch.equal(head, model.embed_tokens.weight):
             head = model.embed_tokens.weight
         else:
-            notes.append(f"config.json ties the head to the embedding, but {HEAD} differs; both are used as stored")
+            notes.append(
+                f"config.json ties the head to the embedding, but {names.head} differs; both are used as stored"
+            )
     model.lm_head.weight = head
 
 
 def _load_linear(
-    name: str,
+    stored: StoredLinear,
     shape: LinearShape,
     reader: _Reader,
     masks: MaskFile | None,
@@ -242,11 +236,11 @@ def _load_linear(
     backend: str,
 ) -> tuple[nn.Module, LinearRecord]:
     """Load one linear layer of a block, packed if it is 2:4."""
-    weight = reader.read(name, copy=False)
-    bias = reader.read(name.removesuffix("weight") + "bias") if shape.bias else None
-    mask, reason, packable = _find_mask(name, weight, reader.checkpoint, masks, mask_maker)
+    weight = reader.read(f"{stored.tensor}.weight", stored.rows, copy=False)
+    bias = reader.read(f"{stored.tensor}.bias", stored.rows) if shape.bias else None
+    mask, reason, packable = _find_mask(stored, weight, reader.checkpoint, masks, mask_maker)
     if packable:
-        packed = ops.pack(weight, mask, name=name)
+        packed = ops.pack(weight, mask, name=stored.label)
         record = LinearRecord("2:4", reason, packed.nbytes, weight.nbytes)
         return SparseLinear.from_packed(packed, bias, backend=backend), record
     if reader.device.type == "cpu":
@@ -255,17 +249,19 @@ def _load_linear(
 
 
 def _find_mask(
-    name: str,
+    stored: StoredLinear,
     weight: Tensor,
     checkpoint: Checkpoint,
     masks: MaskFile | None,
     mask_maker: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor | None, str, bool]:
     """Mask of a weight (None: its own zeros), where it comes from, and whether to pack."""
+    name = f"{stored.tensor}.weight"
     if weight.shape[1] % 4:
         return None, f"input width {weight.shape[1]} is no multiple of 4", False
     if masks is not None and name in masks:
-        return masks.mask(name, tuple(weight.shape)).to(weight.device), "mask file", True
+        mask = masks.mask(name, tuple(checkpoint.shape(name)))
+        return (mask if stored.rows is None else mask[slice(*stored.rows)]).to(weight.device), "mask file", True
     if mask_maker is not None:
         return mask_maker(weight), "mask maker", True
     if checkpoint.claims_two_of_four(name):
@@ -286,6 +282,24 @@ def place_linear(block: DecoderBlock, name: str, linear: nn.Module) -> None:
             parts.parts[leaf] = linear
             return
     setattr(owner, leaf, linear)
+
+
+def place_norm(block: DecoderBlock, name: str, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    """Put the weights of a norm where the block uses them; ``name`` is e.g. ``mlp_norm`` or ``self_attn.q_norm``."""
+    part, _, leaf = name.rpartition(".")
+    if part:
+        setattr(getattr(block, part), leaf, weight)
+    else:
+        norm = getattr(block, leaf)
+        norm.weight, norm.bias = weight, bias
+
+
+def join_groups_(block: DecoderBlock) -> None:
+    """Join projections that read the same input, where they are of one kind."""
+    if block.self_attn is not None:
+        block.self_attn.qkv_proj.join_()
+    if block.mlp is not None:
+        block.mlp.gate_up_proj.join_(interleave=block.mlp.gated)
 
 
 def _with_progress(blocks: tuple[int, ...], progress: bool) -> Iterator[int]:

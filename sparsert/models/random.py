@@ -19,7 +19,7 @@ from sparsert import ops
 from sparsert.models.config import DecoderConfig, LinearShape
 from sparsert.models.decoder import DecoderBlock, DecoderModel
 from sparsert.models.linears import dense_linear
-from sparsert.models.loader import place_linear
+from sparsert.models.loader import join_groups_, place_linear, place_norm
 from sparsert.models.report import LinearRecord, LoadReport
 from sparsert.nn import SparseLinear
 from sparsert.schedule import LayerPlan
@@ -74,6 +74,11 @@ def random_model(
     def parameter(tensor: Tensor) -> nn.Parameter:
         return nn.Parameter(tensor, requires_grad=False)
 
+    def norm(size: int) -> tuple[nn.Parameter, nn.Parameter | None]:
+        kind = torch.float32 if config.norm.stored_minus_one else dtype  # as the loader forms them
+        weight = parameter(normal((size,), 0.1).add_(1).to(kind))
+        return weight, parameter(normal((size,), 0.1).to(kind)) if config.norm.centered else None
+
     def linear(name: str, shape: LinearShape) -> nn.Module:
         prunes = sparse and shape.in_features % 4 == 0
         scale = 1 / math.sqrt(2 * len(plan.kept)) if name.endswith(_RESIDUAL_WRITERS) else 1.0
@@ -96,16 +101,15 @@ def random_model(
             model.lm_head.weight = model.embed_tokens.weight
         else:
             model.lm_head.weight = parameter(normal((config.vocab_size, width), 1 / math.sqrt(width)))
-        model.norm.weight = parameter(normal((width,), 0.1).add_(1))
+        model.norm.weight, model.norm.bias = norm(width)
         for place, original in enumerate(plan.kept):
             block = model.blocks[place]
             assert isinstance(block, DecoderBlock)
-            for norm in (block.input_layernorm, block.post_attention_layernorm):
-                norm.weight = parameter(normal((width,), 0.1).add_(1))
-            for name, shape in config.block_linears().items():
+            for name, size in config.block_norms(original, plan).items():
+                place_norm(block, name, *norm(size))
+            for name, shape in config.block_linears(original, plan).items():
                 place_linear(block, name, linear(f"model.layers.{original}.{name}", shape))
-            block.self_attn.qkv_proj.join_()
-            block.mlp.gate_up_proj.join_(interleave=True)
+            join_groups_(block)
     model.report = LoadReport(linears, ())
     return model.eval().requires_grad_(False)
 

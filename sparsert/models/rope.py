@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from sparsert.models.config import RopeConfig
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Radians per position of each pair: fp32 ``[head_dim // 2]`` on the CPU."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+def inverse_frequencies(rope: RopeConfig, rotary_dim: int) -> Tensor:
+    """Radians per position of each pair: fp32 ``[rotary_dim // 2]`` on the CPU."""
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device="cpu") / rotary_dim
     frequencies = 1.0 / (rope.theta**exponents)
     if rope.kind == "default":
         return frequencies
@@ -48,19 +48,25 @@ class RotaryEmbedding(nn.Module):
     """Cosine and sine tables for positions ``0 .. length - 1``.
 
     Attributes:
-        cosine: ``[length, head_dim]``, both halves equal.
-        signed_sine: ``[length, head_dim]``, the first half negated.
+        cosine: ``[length, rotary_dim]``, both halves equal.
+        signed_sine: ``[length, rotary_dim]``, the first half negated.
     """
 
     cosine: Tensor
     signed_sine: Tensor
 
-    def __init__(self, rope: RopeConfig, head_dim: int) -> None:
+    def __init__(self, rope: RopeConfig, rotary_dim: int) -> None:
+        """Make empty tables.
+
+        Args:
+            rope: the frequencies.
+            rotary_dim: dimensions of a head that are turned; even.
+        """
         super().__init__()
         self.rope = rope
-        self.head_dim = head_dim
-        self.register_buffer("cosine", torch.empty(0, head_dim), persistent=False)
-        self.register_buffer("signed_sine", torch.empty(0, head_dim), persistent=False)
+        self.rotary_dim = rotary_dim
+        self.register_buffer("cosine", torch.empty(0, rotary_dim), persistent=False)
+        self.register_buffer("signed_sine", torch.empty(0, rotary_dim), persistent=False)
 
     @property
     def length(self) -> int:
@@ -72,7 +78,7 @@ class RotaryEmbedding(nn.Module):
         if length <= self.length and self.cosine.device == device and self.cosine.dtype == dtype:
             return
         positions = torch.arange(length, dtype=torch.float32, device="cpu")
-        angles = torch.outer(positions, inverse_frequencies(self.rope, self.head_dim))
+        angles = torch.outer(positions, inverse_frequencies(self.rope, self.rotary_dim))
         cosine, sine = angles.cos(), angles.sin()
         self.cosine = torch.cat([cosine, cosine], dim=-1).to(device=device, dtype=dtype)
         self.signed_sine = torch.cat([-sine, sine], dim=-1).to(device=device, dtype=dtype)
@@ -84,10 +90,10 @@ class RotaryEmbedding(nn.Module):
             positions: int64 ``[batch, tokens]``, each below :attr:`length`.
 
         Returns:
-            Cosines and signed sines, each ``[batch, tokens, 1, head_dim]``, to broadcast over heads.
+            Cosines and signed sines, each ``[batch, tokens, 1, rotary_dim]``, to broadcast over heads.
         """
         return self.cosine[positions].unsqueeze(2), self.signed_sine[positions].unsqueeze(2)
 
     def first(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """The tables of positions ``0 .. tokens - 1``, each ``[1, tokens, 1, head_dim]``."""
+        """The tables of positions ``0 .. tokens - 1``, each ``[1, tokens, 1, rotary_dim]``."""
         return self.cosine[None, :tokens, None], self.signed_sine[None, :tokens, None]

@@ -176,6 +176,7 @@ def _cuda(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     settled: bool,
+    warps: int = 0,
     splits: int = 0,
 ) -> Tensor:
     if heads.stride(-1) != 1 or heads.stride(-2) != shape.head_dim:
@@ -189,6 +190,6 @@ def _cuda(
             signed_sine.data_ptr(), native.address(q_norm), native.address(k_norm), out.data_ptr(), heads.stride(0),
             keys.shape[2], heads.shape[0], shape.num_heads, shape.num_kv_heads, shape.head_dim, cosine.shape[-1],
             shape.sliding_window or 0, shape.scale, shape.softcap or 0.0, shape.norm_eps, norm_is_float, settled,
-            window, splits, dtype_code(heads.dtype), native.stream(heads.device),
+            window, warps, splits, dtype_code(heads.dtype), native.stream(heads.device),
         )  # fmt: skip
     return out

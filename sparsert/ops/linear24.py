@@ -225,7 +225,7 @@ def linear24_open(
     norm = x if isinstance(x, DeferredNorm) else None
     x = norm.weighted if norm is not None else x
     assert isinstance(x, Tensor)
-    if not fuses24(x, packed, backend):
+    if not fuses24(x, backend):
         y = linear24(x if norm is None else norm.resolve(), packed, bias, backend=backend)
         return y if activation is None else activate(y, activation, gated=gated, interleaved=True)
     rows = x.numel() // packed.in_features
@@ -264,7 +264,7 @@ def linear24_close(
         InputError, UnsupportedError: as for :func:`linear24`.
     """
     if (
-        not fuses24(x, packed, backend)
+        not fuses24(x, backend)
         or x.dtype != torch.bfloat16
         or weight.dtype != x.dtype
         or packed.out_features % 8
@@ -281,13 +281,15 @@ def linear24_close(
     return y, DeferredNorm(weighted, squares, eps)
 
 
-def fuses24(x: Tensor, packed: Packed24, backend: str = "auto") -> bool:
-    """Whether one CUDA kernel runs a packed layer together with what stands before and behind it."""
-    rows = x.numel() // packed.in_features if packed.in_features else 0
-    if not native.fuses(x) or not rows or choose(x.device, x.dtype, rows, backend).kernel != "mma_sp":
-        return False
-    check_linear24(x, packed, None)
-    return True
+def fuses24(x: Tensor, backend: str = "auto") -> bool:
+    """Whether one CUDA kernel runs a packed layer together with what stands before and behind it.
+
+    Args:
+        x: ``[..., width]``: as many rows, of such a dtype, on such a device.
+        backend: of the layer.
+    """
+    rows = x.numel() // max(1, x.shape[-1])
+    return rows > 0 and native.fuses(x) and choose(x.device, x.dtype, rows, backend).kernel == "mma_sp"
 
 
 def _step(

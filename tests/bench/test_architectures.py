@@ -25,7 +25,7 @@ PARAMETERS = {
 def test_the_engine_can_run_them(name: str) -> None:
     config = DecoderConfig.from_hf(hf_config(name))
     shapes = {(s.out_features, s.in_features) for s in linear_shapes(name, "separate")}
-    assert {(s.out_features, s.in_features) for s in config.block_linears().values()} == shapes
+    assert {(s.out_features, s.in_features) for s in config.block_linears(0).values()} == shapes
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
@@ -46,7 +46,9 @@ def test_transformers_builds_the_same_model() -> None:
 
 
 def test_rope_of_llama_3_is_stretched() -> None:
-    rope = DecoderConfig.from_hf(hf_config("llama-3.1-8b")).rope
+    attention = DecoderConfig.from_hf(hf_config("llama-3.1-8b")).blocks[31].attention
+    assert attention is not None
+    rope = attention.rope
     assert (rope.kind, rope.theta, rope.factor, rope.original_max_position_embeddings) == ("llama3", 5e5, 8.0, 8192)
 
 

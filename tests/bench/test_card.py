@@ -24,11 +24,11 @@ from sparsert.schedule import LayerPlan
 def test_bytes_are_those_of_the_model(sparse: bool, dtype: torch.dtype, changes: dict[str, Any]) -> None:
     config = DecoderConfig.from_hf(hf_config("tiny") | changes)
     model = random_model(config, device="cpu", dtype=dtype, plan=LayerPlan.remove(8, (4, 5)), sparse=sparse)
-    card = predict_card("tiny", config, blocks_kept=6, sparse=sparse, dtype=dtype)
+    card = predict_card("tiny", config, plan=LayerPlan.remove(8, (4, 5)), sparse=sparse, dtype=dtype)
     assert (card.weight_bytes, card.read_bytes) == stored_bytes(model)
     model(torch.zeros(1, 64, dtype=torch.int64))  # makes rotary tables, which are no weights
     assert (card.weight_bytes, card.read_bytes) == stored_bytes(model)
-    cache = KVCache(config, len(model.blocks), 3, 16, torch.device("cpu"), dtype)
+    cache = KVCache(model.attention_shapes, 3, 16, torch.device("cpu"), dtype)
     assert cache.nbytes == 3 * 16 * card.kv_bytes_per_token
     assert card.corner == ("2:4 + blocks removed" if sparse else "blocks removed")
 
@@ -36,9 +36,10 @@ def test_bytes_are_those_of_the_model(sparse: bool, dtype: torch.dtype, changes:
 def test_two_of_four_is_nine_sixteenths() -> None:
     config = DecoderConfig.from_hf(hf_config("llama-3.1-8b"))
     dense, sparse = (
-        predict_card("x", config, blocks_kept=32, sparse=sparse, dtype=torch.bfloat16) for sparse in (False, True)
+        predict_card("x", config, plan=LayerPlan.full(32), sparse=sparse, dtype=torch.bfloat16)
+        for sparse in (False, True)
     )
-    linears = 32 * sum(s.out_features * s.in_features for s in config.block_linears().values()) * 2
+    linears = 32 * sum(s.out_features * s.in_features for s in config.block_linears(0).values()) * 2
     assert dense.weight_bytes - sparse.weight_bytes == linears * 7 // 16
     assert dense.parameters == sparse.parameters
     # the embedding is read one row at a time, the head whole
@@ -48,7 +49,7 @@ def test_two_of_four_is_nine_sixteenths() -> None:
 
 def test_ceiling() -> None:
     config = DecoderConfig.from_hf(hf_config("tiny"))
-    card = predict_card("tiny", config, blocks_kept=8, sparse=True, dtype=torch.bfloat16)
+    card = predict_card("tiny", config, plan=LayerPlan.full(8), sparse=True, dtype=torch.bfloat16)
     setting = Setting(batch=4, input_len=100, output_len=20, num_prompts=4)
     step_bytes = card.read_bytes + 4 * 110 * card.kv_bytes_per_token
     assert card.ceiling_tok_per_s(1e9, setting) == pytest.approx(4 * 1e9 / step_bytes)

@@ -31,11 +31,13 @@ def make_config(heads: int, kv_heads: int, head_dim: int) -> DecoderConfig:
 
 def make_layer(config: DecoderConfig) -> SelfAttention:
     """An attention layer whose tables turn nothing: positions play no part in what is tested here."""
-    rotary = RotaryEmbedding(config.rope, config.head_dim)
+    attention = config.blocks[0].attention
+    assert attention is not None
+    rotary = RotaryEmbedding(attention.rope, attention.shape.rotary_dim)
     rotary.reserve_(64, CPU, torch.float32)
     rotary.cosine.fill_(1)
     rotary.signed_sine.fill_(0)
-    return SelfAttention(config, rotary)
+    return SelfAttention(attention, config.block_linears(0), rotary)
 
 
 def test_only_kept_blocks_take_memory() -> None:
@@ -43,8 +45,8 @@ def test_only_kept_blocks_take_memory() -> None:
     shape = make_layer(config).shape
     cache = KVCache([shape] * 3, batch_size=4, length=32, device=CPU, dtype=torch.bfloat16)
     assert [keys.shape for keys in cache.keys] == [values.shape for values in cache.values] == [(4, 2, 32, 24)] * 3
-    assert kv_bytes_per_token(config, 3, torch.bfloat16) == 2 * 3 * 2 * 24 * 2
-    assert cache.nbytes == 4 * 32 * kv_bytes_per_token(config, 3, torch.bfloat16)
+    assert kv_bytes_per_token([shape] * 3, torch.bfloat16) == 2 * 3 * 2 * 24 * 2
+    assert cache.nbytes == 4 * 32 * kv_bytes_per_token([shape] * 3, torch.bfloat16)
 
 
 def test_a_part_of_the_rows_shares_memory() -> None:

@@ -9,7 +9,7 @@ from tiny_llama import LLAMA3_ROPE
 from transformers import LlamaConfig
 
 from sparsert.errors import CheckpointError, UnsupportedError
-from sparsert.models import DecoderConfig, RopeConfig
+from sparsert.models import DecoderConfig, NormConfig, RopeConfig
 
 MINIMAL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -25,14 +25,20 @@ def read(**changes: Any) -> DecoderConfig:
     return DecoderConfig.from_hf({**MINIMAL, **changes})
 
 
+def rope_of(config: DecoderConfig, block: int = 0) -> RopeConfig:
+    attention = config.blocks[block].attention
+    assert attention is not None
+    return attention.rope
+
+
 def test_defaults_are_those_of_llama() -> None:
     config, reference = read(), LlamaConfig(**{key: MINIMAL[key] for key in MINIMAL if key != "architectures"})
     assert config.num_kv_heads == reference.num_key_value_heads == 4
     assert config.head_dim == reference.head_dim == 16
-    assert config.rms_norm_eps == reference.rms_norm_eps
+    assert config.norm == NormConfig(reference.rms_norm_eps)
     assert config.max_position_embeddings == reference.max_position_embeddings
     assert config.tie_word_embeddings is reference.tie_word_embeddings is False
-    assert config.rope == RopeConfig("default", reference.rope_parameters["rope_theta"])
+    assert rope_of(config) == RopeConfig("default", reference.rope_parameters["rope_theta"])
     assert config.eos_token_ids == ()
 
 
@@ -51,10 +57,10 @@ def test_reads_what_transformers_writes() -> None:
     ).to_dict()
     config = DecoderConfig.from_hf({**written, "architectures": ["LlamaForCausalLM"]})
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (6, 2, 24)
-    assert config.attention_bias and not config.mlp_bias and config.tie_word_embeddings
-    assert config.rope == RopeConfig("llama3", 10000.0, 8.0, 1.0, 4.0, 32)
+    assert config.tie_word_embeddings
+    assert rope_of(config) == RopeConfig("llama3", 10000.0, 8.0, 1.0, 4.0, 32)
     assert config.bos_token_id == 1 and config.eos_token_ids == (2, 7)
-    shapes = config.block_linears()
+    shapes = config.block_linears(2)
     assert (shapes["self_attn.o_proj"].out_features, shapes["self_attn.o_proj"].in_features) == (96, 144)
     assert shapes["self_attn.k_proj"].bias and not shapes["mlp.up_proj"].bias
 
@@ -62,8 +68,8 @@ def test_reads_what_transformers_writes() -> None:
 @pytest.mark.parametrize("key", ["type", "rope_type"])
 def test_older_rope_spelling(key: str) -> None:
     config = read(rope_theta=500000.0, rope_scaling={key: "linear", "factor": 4.0})
-    assert config.rope == RopeConfig("linear", 500000.0, 4.0)
-    assert read(rope_theta=500000.0, rope_scaling=None).rope == RopeConfig("default", 500000.0)
+    assert rope_of(config) == RopeConfig("linear", 500000.0, 4.0)
+    assert rope_of(read(rope_theta=500000.0, rope_scaling=None)) == RopeConfig("default", 500000.0)
 
 
 def test_llama_without_architectures() -> None:
@@ -75,7 +81,7 @@ def test_llama_without_architectures() -> None:
     [
         ({"architectures": ["GPTNeoXForCausalLM"]}, "architecture GPTNeoXForCausalLM.*supported: LlamaForCausalLM"),
         ({"architectures": [], "model_type": "bloom"}, "model_type 'bloom'.*supported: LlamaForCausalLM"),
-        ({"hidden_act": "relu2"}, "hidden_act relu2 cannot be run; supported: silu"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act quick_gelu cannot be run; supported: silu, swish, gelu"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type yarn.*supported: default, linear, llama3"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"quantization_config": {"quant_method": "gptq"}}, "method 'gptq'.*with zeros where it is pruned"),

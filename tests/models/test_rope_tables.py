@@ -8,7 +8,7 @@ from tiny_llama import LLAMA3_ROPE
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from sparsert.models import DecoderConfig
+from sparsert.models import DecoderConfig, RopeConfig
 from sparsert.models.rope import RotaryEmbedding, inverse_frequencies
 from sparsert.ops import rotate
 
@@ -17,6 +17,12 @@ ROPES = {
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
     "llama3": LLAMA3_ROPE,
 }
+
+
+def rope_of(config: DecoderConfig) -> RopeConfig:
+    attention = config.blocks[0].attention
+    assert attention is not None
+    return attention.rope
 
 
 @pytest.mark.parametrize("kind", ROPES)
@@ -28,7 +34,7 @@ def test_rotation_equals_transformers(kind: str, dtype: torch.dtype) -> None:
     )
     reference = LlamaRotaryEmbedding(reference_config)
     config = DecoderConfig.from_hf({**reference_config.to_dict(), "architectures": ["LlamaForCausalLM"]})
-    rotary = RotaryEmbedding(config.rope, head_dim)
+    rotary = RotaryEmbedding(rope_of(config), head_dim)
     rotary.reserve_(length, torch.device("cpu"), dtype)
 
     torch.manual_seed(0)
@@ -43,14 +49,14 @@ def test_rotation_equals_transformers(kind: str, dtype: torch.dtype) -> None:
 
 def test_llama3_stretching_uses_all_three_ranges() -> None:
     """Otherwise the comparison above would not see the formula."""
-    plain = RotaryEmbedding(DecoderConfig.from_hf(_config(ROPES["default"] | {"rope_theta": 10000.0})).rope, 24)
-    stretched = RotaryEmbedding(DecoderConfig.from_hf(_config(LLAMA3_ROPE)).rope, 24)
+    plain = RotaryEmbedding(rope_of(DecoderConfig.from_hf(_config(ROPES["default"] | {"rope_theta": 10000.0}))), 24)
+    stretched = RotaryEmbedding(rope_of(DecoderConfig.from_hf(_config(LLAMA3_ROPE))), 24)
     ratio = inverse_frequencies(plain.rope, 24) / inverse_frequencies(stretched.rope, 24)
     assert ratio[0] == 1 and ratio[-1] == 8 and bool(((ratio > 1.01) & (ratio < 7.99)).any())
 
 
 def test_tables_grow_and_stay() -> None:
-    rotary = RotaryEmbedding(DecoderConfig.from_hf(_config(ROPES["default"])).rope, 8)
+    rotary = RotaryEmbedding(rope_of(DecoderConfig.from_hf(_config(ROPES["default"]))), 8)
     rotary.reserve_(10, torch.device("cpu"), torch.float32)
     table = rotary.cosine
     rotary.reserve_(7, torch.device("cpu"), torch.float32)

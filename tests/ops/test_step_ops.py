@@ -5,6 +5,7 @@ What is right is written out here in float64, apart from the code under test.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -285,12 +286,24 @@ def test_decode_attention(device: str, name: str, normed: bool) -> None:
         if device == "cuda" and takes(shape, dtype):
             from sparsert.ops.attention import _cuda
 
-            for splits in (1, 2, 4, 8, 16):
+            for splits, warps in itertools.product((1, 2, 4, 8, 16), (4, 8)):
                 for settled in (False, True):
                     keys, values = before[0].clone(), before[1].clone()
                     torch.cuda.synchronize()
-                    results[f"{splits} blocks, settled {settled}"] = _cuda(
-                        heads, keys, values, there, cosine, signed_sine, shape, window, q_norm, k_norm, settled, splits
+                    results[f"{splits} blocks of {warps} warps, settled {settled}"] = _cuda(
+                        heads,
+                        keys,
+                        values,
+                        there,
+                        cosine,
+                        signed_sine,
+                        shape,
+                        window,
+                        q_norm,
+                        k_norm,
+                        settled,
+                        warps,
+                        splits,
                     )
         for row, length in enumerate(lengths):
             exact, k, v = exact_attention(

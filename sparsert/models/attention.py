@@ -1,0 +1,155 @@
+"""Attention layers, and attention among the tokens of one call.
+
+The layer knows no cache: how the new tokens see each other and earlier ones is a callable that the caller passes
+in (:class:`Attention`), so the very same forward serves a plain causal pass (:class:`CausalAttention`), prefill
+into a cache, and a decode step inside a CUDA graph.
+
+Source: Vaswani et al., "Attention Is All You Need" (2017); Ainslie et al., "GQA" (2023); Beltagy et al.,
+"Longformer" (2020) for the sliding window; Gemma Team, "Gemma 2" (2024) for the soft cap.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from sparsert import ops
+from sparsert.models.config import AttentionConfig, LinearShape
+from sparsert.models.linears import LinearGroup, meta_linear
+from sparsert.models.rope import RotaryEmbedding
+
+#: Queries that are attended for at a time where a window or a soft cap needs scores or masks in memory.
+_QUERY_CHUNK = 512
+
+
+class Attention(Protocol):
+    """How the new tokens of one layer see each other and earlier ones; it knows their positions."""
+
+    def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor:
+        """Norm and rotate heads, keep keys and values if there is a cache, and attend.
+
+        Args:
+            slot: number of the layer among the model's attention layers; its place in a cache.
+            heads: ``[batch, tokens, num_heads + 2 * num_kv_heads, head_dim]``: queries, keys, values.
+            layer: whose ``shape``, ``q_norm``, ``k_norm`` and ``rotary`` apply.
+
+        Returns:
+            ``[batch, tokens, num_heads, head_dim]``.
+        """
+        ...
+
+
+class CausalAttention:
+    """Each token sees itself and those before it in this call, from position 0; nothing is kept."""
+
+    def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor:
+        """See :class:`Attention`."""
+        return causal_attention(*layer.split(heads), layer.shape)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, shape: ops.AttentionShape) -> Tensor:
+    """Causal attention of tokens among themselves.
+
+    Args:
+        q: ``[batch, tokens, num_heads, head_dim]``, rotated.
+        k, v: ``[batch, tokens, num_kv_heads, head_dim]``.
+        shape: scale, sliding window and soft cap.
+
+    Returns:
+        ``[batch, tokens, num_heads, head_dim]``.
+    """
+    tokens, window = q.shape[1], shape.sliding_window
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if shape.softcap is None and (window is None or window >= tokens):
+        attended = functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=shape.scale, enable_gqa=shape.num_heads != shape.num_kv_heads
+        )
+        return attended.transpose(1, 2)
+    # some queries at a time, and the keys that any of them sees: memory grows with the chunk, work with the window
+    pieces = []
+    for begin in range(0, tokens, _QUERY_CHUNK):
+        end = min(begin + _QUERY_CHUNK, tokens)
+        first = 0 if window is None else max(0, begin - window + 1)
+        distance = torch.arange(begin, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
+        visible = distance >= 0
+        if window is not None:
+            visible &= distance < window
+        pieces.append(_attend(q[:, :, begin:end], k[:, :, first:end], v[:, :, first:end], visible, shape))
+    return torch.cat(pieces, dim=2).transpose(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, shape: ops.AttentionShape) -> Tensor:
+    """``q: [batch, num_heads, queries, head_dim]``, ``visible: [queries, keys]`` -> the shape of q."""
+    if shape.softcap is None:
+        return functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, scale=shape.scale, enable_gqa=shape.num_heads != shape.num_kv_heads
+        )
+    batch, _, queries, head_dim = q.shape
+    group = shape.num_heads // shape.num_kv_heads
+    # the queries of a group one after another, so that keys are multiplied without a copy for each of them
+    grouped = q.reshape(batch, shape.num_kv_heads, group * queries, head_dim)
+    scores = (grouped @ k.transpose(-1, -2)).float() * shape.scale
+    scores = shape.softcap * torch.tanh(scores / shape.softcap)
+    scores = scores.unflatten(2, (group, queries)).masked_fill_(~visible, -torch.inf)
+    shares = scores.softmax(-1).to(v.dtype).flatten(2, 3)
+    return (shares @ v).view(batch, shape.num_heads, queries, head_dim)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with rotary positions.
+
+    Attributes:
+        shape: what it computes.
+        q_norm, k_norm: weights of norms over each head, or None.
+        qkv_proj: the joint projection of queries, keys and values.
+        o_proj: the output projection.
+    """
+
+    q_norm: nn.Parameter | None
+    k_norm: nn.Parameter | None
+
+    def __init__(self, config: AttentionConfig, linears: dict[str, LinearShape], rotary: RotaryEmbedding) -> None:
+        """Make a layer without weights.
+
+        Args:
+            config: what it computes.
+            linears: :meth:`DecoderConfig.block_linears` of its block.
+            rotary: tables of cosines and sines, shared with other layers.
+        """
+        super().__init__()
+        self.shape = config.shape
+        # not registered: the model owns the tables
+        self._rotary = (rotary,)
+        self.q_norm = self.k_norm = None
+        if config.head_norms:
+            self.q_norm, self.k_norm = (
+                nn.Parameter(torch.empty(config.shape.head_dim, device="meta"), requires_grad=False) for _ in range(2)
+            )
+        self.qkv_proj = LinearGroup({name: linears[f"self_attn.{name}"] for name in ("q_proj", "k_proj", "v_proj")})
+        self.o_proj: nn.Module = meta_linear(linears["self_attn.o_proj"])
+
+    @property
+    def rotary(self) -> RotaryEmbedding:
+        """Tables of cosines and sines."""
+        return self._rotary[0]
+
+    def split(self, heads: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed and rotated queries and keys, and values.
+
+        Args:
+            heads: ``[batch, tokens, num_heads + 2 * num_kv_heads, head_dim]``.
+            positions: int64 ``[batch, tokens]``, each below ``rotary.length``; default ``0 .. tokens - 1``.
+
+        Returns:
+            ``[batch, tokens, heads, head_dim]`` each.
+        """
+        tables = self.rotary.first(heads.shape[1]) if positions is None else self.rotary(positions)
+        return ops.split_heads(heads, tables[0], tables[1], self.shape, self.q_norm, self.k_norm)
+
+    def forward(self, x: Tensor | ops.DeferredNorm, attention: Attention, slot: int) -> Tensor:
+        """``[batch, tokens, hidden]`` -> ``[batch, tokens, num_heads * head_dim]``, the input of ``o_proj``."""
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.shape.head_dim))
+        return attention(slot, heads, self).flatten(-2)
