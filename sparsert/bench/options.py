@@ -170,6 +170,14 @@ def say(sentence: str) -> None:
     print(f"sparsert: {sentence}", file=sys.stderr, flush=True)
 
 
+def show(line: str) -> None:
+    """A line of results: on standard output at once, above the progress bar if there is one."""
+    from tqdm.auto import tqdm
+
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
 def progress(items: Iterable[_Item], what: str, *, total: int | None = None) -> Iterator[_Item]:
     """Pass items on behind a progress bar on standard error; silent when that is not a terminal."""
     from tqdm.auto import tqdm

@@ -28,7 +28,7 @@ def test_bytes_are_those_of_the_model(sparse: bool, dtype: torch.dtype, changes:
     assert (card.weight_bytes, card.read_bytes) == stored_bytes(model)
     model(torch.zeros(1, 64, dtype=torch.int64))  # makes rotary tables, which are no weights
     assert (card.weight_bytes, card.read_bytes) == stored_bytes(model)
-    cache = KVCache(config, len(model.blocks), 3, 16, torch.device("cpu"), dtype)
+    cache = KVCache(model.attention_shapes, 3, 16, torch.device("cpu"), dtype)
     assert cache.nbytes == 3 * 16 * card.kv_bytes_per_token
     assert card.corner == ("2:4 + blocks removed" if sparse else "blocks removed")
 
