@@ -17,6 +17,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sparsert.bench.options import dtype_name
 from sparsert.bench.workload import Setting
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def predict_card(name: str, config: DecoderConfig, *, blocks_kept: int, sparse: 
     return Card(
         model=name,
         corner=corner_name(sparse, blocks_kept < config.num_blocks),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         blocks_kept=blocks_kept,
         blocks=config.num_blocks,
         parameters=parameters,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsert.bench.cut_off import keeping
-from sparsert.bench.options import dtype_name, resolve_device, resolve_dtype, say, settings_of
+from sparsert.bench.options import dtype_name, remarks, resolve_device, resolve_dtype, say, settings_of
 from sparsert.bench.records import machine_facts, machine_slug, read_record
 from sparsert.bench.shapes import LinearShape, linear_shapes
 from sparsert.errors import InputError
@@ -286,8 +286,8 @@ def _print(record: dict[str, Any], tolerance_percent: float) -> None:
         now = f"{'-':>9}{'-':>9}" if row["now"] is None else f"{row['now']:>8.2f}x{row['change']:>+9.1%}"
         remark = f"  {row['reason']}" if row["reason"] else "  slower" if row["slower"] else ""
         print(f"{row['what']:<64}{row['before']:>8.2f}x{now}{remark}")
-    for sentence in record["fallbacks"]:
-        print(f"fallback: {sentence}")
+    for line in remarks(record):
+        print(line)
     slower = [row for row in record["results"] if row["slower"] or row["correct"] is False]
     sources = ", ".join(sorted({row["source"] for row in record["results"]}))
     count = len(record["results"])

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from sparsert.bench.card import amount
 from sparsert.bench.cut_off import keeping
 from sparsert.bench.fit_trial import QUESTIONS, prefill_rows
-from sparsert.bench.model_options import add_model_options, parse_settings, subject_of
-from sparsert.bench.options import parse_counts, progress, resolve_dtype, settings_of, show
+from sparsert.bench.model_options import add_model_options, check_corners, parse_settings, subject_of
+from sparsert.bench.options import parse_counts, progress, remarks, resolve_dtype, settings_of, show
 from sparsert.bench.peers import Start, start_process
 from sparsert.bench.subject import Subject
 from sparsert.bench.workload import Setting
@@ -119,8 +119,7 @@ def run(arguments: argparse.Namespace, *, start: Start = start_process) -> dict[
     dtype = resolve_dtype(arguments.dtype or "bfloat16", device)
     memory = _free_memory(device) if arguments.memory is None else parse_memory(arguments.memory)
     subject, notes = subject_of(arguments, dtype)
-    if arguments.corners and (not subject.removed or not subject.sparse):
-        raise InputError("--corners compares dense, 2:4, blocks removed and both; give --remove-blocks N, and no dense")
+    check_corners(arguments.corners, subject)
     texts = parse_settings(arguments.lengths, [1], subject)
     batches = parse_counts(arguments.batch, "--batch")
     record = new_record(
@@ -142,10 +141,8 @@ def run(arguments: argparse.Namespace, *, start: Start = start_process) -> dict[
             record["results"] += rows
             for row in rows:
                 show(_row_line(row))
-    for entry in record["skipped"]:
-        show(f"skipped: {entry['peer']}: {entry['reason']}")
-    for sentence in record["notes"]:
-        show(f"note: {sentence}")
+    for line in remarks(record):
+        show(line)
     return record
 
 

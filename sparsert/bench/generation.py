@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sparsert.bench.cut_off import keeping
-from sparsert.bench.generation_table import HEAD, closing_lines, row_line, skipped_line
+from sparsert.bench.generation_table import HEAD, row_line
 from sparsert.bench.metrics import share_of_read
-from sparsert.bench.model_options import add_model_options, parse_settings, subject_of
-from sparsert.bench.options import parse_counts, parse_names, resolve_dtype, settings_of, show
+from sparsert.bench.model_options import add_model_options, check_corners, parse_settings, subject_of
+from sparsert.bench.options import parse_counts, parse_names, remarks, resolve_dtype, settings_of, show
 from sparsert.bench.peers import PEERS, Entry, Events, Start, generation_job, line_up, start_process, why_absent
 from sparsert.bench.workload import LENGTH_PRESETS, Setting
 from sparsert.errors import InputError
@@ -111,8 +111,7 @@ def run_generation(
         if not seconds > 0:
             raise InputError(f"{option} {seconds:g}: give seconds, more than 0")
     subject, notes = subject_of(arguments, dtype)
-    if arguments.corners and (not subject.removed or not subject.sparse):
-        raise InputError("--corners compares dense, 2:4, blocks removed and both; give --remove-blocks N, and no dense")
+    check_corners(arguments.corners, subject)
     batches = parse_counts(arguments.batch or _DEFAULT_BATCHES[device.type], "--batch")
     lengths = arguments.lengths or _DEFAULT_LENGTHS[device.type]
     settings = parse_settings(lengths, batches, subject, {batch: prompts_of(batch) for batch in batches})
@@ -137,8 +136,8 @@ def run_generation(
     record["notes"] += notes
     record["skipped"] += left_out
     show(roofs_sentence(record))
-    for skipped in left_out:
-        show(skipped_line(skipped))
+    for line in remarks(record, "skipped"):
+        show(line)
     for entry in entries:
         if entry.peer in ("ours", "dense"):
             card = entry.subject.card()
@@ -165,7 +164,7 @@ def run_generation(
                 check=not arguments.no_check,
             )
             contender.follow(start(job, arguments.timeout))
-    for line in closing_lines(record):
+    for line in remarks(record, "fallbacks", "notes"):  # what was skipped stands where it happened
         show(line)
     return record
 
@@ -204,9 +203,8 @@ class _Contender:
         """Say and record that settings, by default all that are left, are not measured."""
         # ours may run in several corners
         who = f"{self._entry.label}, " if self._entry.peer == "ours" else ""
-        entry = {"peer": self._entry.peer, "reason": who + reason}
-        self._record["skipped"].append(entry)
-        show(skipped_line(entry))
+        self._record["skipped"].append({"peer": self._entry.peer, "reason": who + reason})
+        show(remarks(self._record, "skipped")[-1])
         self._progress.step(len(self._open) if settings is None else settings)
 
     def _add_row(self, setting: Setting, measured: Row) -> None:

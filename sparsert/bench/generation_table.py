@@ -29,17 +29,6 @@ def row_line(row: Row) -> str:
     )
 
 
-def skipped_line(entry: dict[str, str]) -> str:
-    """What was not measured, and why."""
-    return f"skipped: {entry['peer']}: {entry['reason']}"
-
-
-def closing_lines(record: dict[str, Any]) -> list[str]:
-    """What stands below the table: what fell back, and notes."""
-    lines = [f"fallback: {sentence}" for sentence in record["fallbacks"]]
-    return lines + [f"note: {sentence}" for sentence in record["notes"]]
-
-
 def _cell(value: float | None, width: int, digits: int) -> str:
     return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
 

@@ -20,6 +20,7 @@ from sparsert.bench.options import (
     dtype_name,
     parse_counts,
     parse_names,
+    remarks,
     resolve_device,
     resolve_dtype,
     settings_of,
@@ -282,7 +283,4 @@ def closing_lines(record: dict[str, Any]) -> list[str]:
         if row["correct"] is False:
             layer = f"{row['out_features']}x{row['in_features']}, batch {row['batch']}"
             lines.append(f"wrong: {row['contender']} on {layer}: {row['reason']}")
-    lines += [f"skipped: {entry['peer']}: {entry['reason']}" for entry in record["skipped"]]
-    lines += [f"fallback: {sentence}" for sentence in record["fallbacks"]]
-    lines += [f"note: {sentence}" for sentence in record["notes"]]
-    return lines
+    return lines + remarks(record)

@@ -20,7 +20,7 @@ from sparsert.bench.layer_task import BrokenDeviceError, LayerTask, Row, empty_r
 from sparsert.bench.timing import CaptureError, Replay, Spread, time_in_turn
 
 #: Errors below this are rounding of the accumulation itself: eight units in float32's last place.
-_LEAST_TOLERANCE = 8 * torch.finfo(torch.float32).eps
+LEAST_TOLERANCE = 8 * torch.finfo(torch.float32).eps
 
 #: Outputs compared at a time, so that float64 copies of a large result stay small.
 _COMPARED_AT_ONCE = 2**26
@@ -100,7 +100,7 @@ def _check_all(
     x = torch.randn(batch, layer.weight.shape[1], device=device).to(layer.weight.dtype)
     reference = torch.nn.functional.linear(x.double(), layer.weight.double())
     dense_error = relative_error(torch.nn.functional.linear(x, layer.weight), reference)
-    tolerance = max(2 * dense_error, _LEAST_TOLERANCE)
+    tolerance = max(2 * dense_error, LEAST_TOLERANCE)
     replays: dict[str, Replay] = {}
     for name, contender in made.items():
         tell(name)

@@ -193,9 +193,7 @@ def test_a_process_that_cannot_start_is_an_error() -> None:
         list(measure_layers([CPU_TASK], isolated=True, measure=die_at_once))
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="tests on a GPU are isolated anyway, and processes are slow there"
-)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a GPU measures is isolated anyway")
 def test_isolated_and_in_place_measure_the_same_rows() -> None:
     isolated = list(measure_layers([CPU_TASK], isolated=True))
     in_place = list(measure_layers([CPU_TASK], isolated=False))
