@@ -10,16 +10,13 @@ from device_clock import DEVICE, DTYPE, device_seconds, measure
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from sparsert.bench.contenders import MAKERS, Layer
-from sparsert.bench.layers import relative_error
+from sparsert.bench.layers import LEAST_TOLERANCE, relative_error
 from sparsert.bench.shapes import LinearShape, linear_shapes
 from sparsert.bench.timing import Replay
 
 ON_GPU = DEVICE.type == "cuda"
 SHAPES = linear_shapes("llama-3.1-8b" if ON_GPU else "tiny", "fused")
 BATCHES = (1, 16, 64, 1024) if ON_GPU else (1, 9)
-
-#: Rounding of float32 sums, where dense happens to be exact.
-_LEAST_TOLERANCE = 1e-6
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: f"{shape.out_features}x{shape.in_features}")
@@ -39,7 +36,7 @@ def test_linear24(benchmark: BenchmarkFixture, layer: Layer, contender: str, bat
     made = MAKERS[contender](layer)
     bound = made.bind(x, lambda y: True)
     error = relative_error(bound.call(bound.weights[0]), reference)
-    assert error <= max(2 * dense_error, _LEAST_TOLERANCE)
+    assert error <= max(2 * dense_error, LEAST_TOLERANCE)
 
     def run_all() -> None:
         weight: Any

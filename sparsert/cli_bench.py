@@ -102,19 +102,26 @@ def add_bench(commands: Any) -> None:
 
 
 def run_measurement(measurement: _Measurement, arguments: argparse.Namespace) -> int | None:
-    """Run one measurement, then write and print its record as the options say.
+    """Run one measurement, then write and print its record as the options say, also if a signal cut it off.
 
     Returns:
-        :data:`EXIT_SLOWER` when a check failed, else None.
+        :data:`EXIT_SLOWER` when a check failed, 128 and the number of a signal that cut it off, else None.
 
     Raises:
         SparsertError: options that do not fit, or a device or file that is not there.
     """
-    from sparsert.bench.options import check_outputs, deliver
+    from sparsert.bench.cut_off import CutOff, signals_raise
+    from sparsert.bench.options import check_outputs, deliver, say
 
     if measurement.measures:
         check_outputs(arguments)
-    record = _module(measurement).run(arguments)
+    try:
+        with signals_raise():
+            record = _module(measurement).run(arguments)
+    except CutOff as cut:
+        say(str(cut))
+        deliver(cut.record, arguments)
+        return 128 + cut.signal_number
     if record is None:
         return None
     deliver(record, arguments)

@@ -15,7 +15,16 @@ export OMP_NUM_THREADS=4  # tiny models on many threads spend their time waiting
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 
 python3 -P -m sparsert env | tee "$out/env.txt"
-# -p no:cacheprovider: nothing is written into the tree; -P: the installed package is tested, not the tree
-# tests/bench: the measuring room has not met a GPU yet; run `pytest tests/bench` there by itself, then drop the option
-python3 -P -m pytest -q -p no:cacheprovider --durations=8 --ignore=tests/bench 2>&1 | tee "$out/pytest.log"
-python3 benchmarks/linear24.py --models llama-3.1-8b,smollm2-135m --batches 1,16,64 --output "$out/linear24.json" | tee "$out/linear24.txt"
+# -p no:cacheprovider: nothing is written into the tree; -P: the installed package is tested, not the tree.
+# Tests of the measuring room start many processes and wait for them, so they run beside the others.
+failed=0
+python3 -P -m pytest -q -p no:cacheprovider --durations=8 tests/bench > "$out/pytest_bench.log" 2>&1 &
+bench_tests=$!
+trap 'kill "$bench_tests" 2> /dev/null || true' EXIT
+python3 -P -m pytest -q -p no:cacheprovider --durations=8 --ignore=tests/bench 2>&1 | tee "$out/pytest.log" || failed=1
+wait "$bench_tests" || failed=1
+cat "$out/pytest_bench.log"
+# alone on the GPU, as its numbers have to be
+python3 -P -m sparsert bench kernels --shapes llama-3.1-8b,smollm2-135m --layers fused --batch 1,16,64 --peers none \
+  --output "$out/kernels.json" | tee "$out/kernels.txt"
+exit "$failed"

@@ -17,6 +17,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sparsert.bench.options import dtype_name
 from sparsert.bench.workload import Setting
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def predict_card(name: str, config: DecoderConfig, *, plan: LayerPlan, sparse: b
     return Card(
         model=name,
         corner=corner_name(sparse, bool(plan.removed)),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         blocks_kept=len(plan.kept),
         blocks=config.num_blocks,
         parameters=parameters,

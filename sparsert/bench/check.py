@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsert.bench.options import resolve_device, resolve_dtype, say, settings_of
+from sparsert.bench.cut_off import keeping
+from sparsert.bench.options import dtype_name, remarks, resolve_device, resolve_dtype, say, settings_of
 from sparsert.bench.records import machine_facts, machine_slug, read_record
 from sparsert.bench.shapes import LinearShape, linear_shapes
 from sparsert.errors import InputError
@@ -91,6 +92,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: there is nothing to compare with, or an option does not fit.
         UnsupportedError: the device is not there.
+        CutOff: a signal ended the run; it has the record so far.
     """
     if not 0 <= arguments.tolerance < 100:
         raise InputError(f"--tolerance {arguments.tolerance:g}: give percent from 0 to below 100")
@@ -201,7 +203,6 @@ def _compare_quick_set(
     arguments: argparse.Namespace, committed: dict[Key, Ratio], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     from sparsert.bench.kernels import roofs_sentence, start_record
-    from sparsert.bench.options import dtype_name
 
     name = dtype_name(dtype)
     kernels = {key for key in committed if key[0] == "kernels" and key[-2] == name}
@@ -222,16 +223,17 @@ def _compare_quick_set(
     record = start_record("check", settings, device, dtype)
     print(roofs_sentence(record), flush=True)
     now: dict[Key, Ratio] = {}
-    for look in range(1 + _SECOND_LOOKS):
-        again = _measure(record, wanted, device, dtype, arguments.seed + look)
-        now |= {key: ratio for key, ratio in again.items() if key not in now or _better(ratio, now[key])}
-        record["results"] = compare(committed, now, arguments.tolerance)
-        slower = {row["what"] for row in record["results"] if row["slower"]}
-        wanted = {entry for entry in wanted if committed[_key(entry[0], entry[1], name, entry[2])].what in slower}
-        if not wanted:
-            break
-        if look < _SECOND_LOOKS:
-            say(f"{len(wanted)} of {len(record['results'])} ratios seem lower; these are measured again")
+    with keeping(record):
+        for look in range(1 + _SECOND_LOOKS):
+            again = _measure(record, wanted, device, dtype, arguments.seed + look)
+            now |= {key: ratio for key, ratio in again.items() if key not in now or _better(ratio, now[key])}
+            record["results"] = compare(committed, now, arguments.tolerance)
+            slower = {row["what"] for row in record["results"] if row["slower"]}
+            wanted = {entry for entry in wanted if committed[_key(entry[0], entry[1], name, entry[2])].what in slower}
+            if not wanted:
+                break
+            if look < _SECOND_LOOKS:
+                say(f"{len(wanted)} of {len(record['results'])} ratios seem lower; these are measured again")
     _print(record, arguments.tolerance)
     return record
 
@@ -266,7 +268,7 @@ def _measure(
             scratch, shapes, batches, ("dense", *contenders), device, dtype, seed=seed, repeats=_REPEATS
         ):
             pass
-    keys = {_key(shape, batch, str(dtype).removeprefix("torch."), contender) for shape, batch, contender in entries}
+    keys = {_key(shape, batch, dtype_name(dtype), contender) for shape, batch, contender in entries}
     return {key: ratio for key, ratio in ratios_of(scratch, "this run").items() if key in keys}
 
 
@@ -284,8 +286,8 @@ def _print(record: dict[str, Any], tolerance_percent: float) -> None:
         now = f"{'-':>9}{'-':>9}" if row["now"] is None else f"{row['now']:>8.2f}x{row['change']:>+9.1%}"
         remark = f"  {row['reason']}" if row["reason"] else "  slower" if row["slower"] else ""
         print(f"{row['what']:<64}{row['before']:>8.2f}x{now}{remark}")
-    for sentence in record["fallbacks"]:
-        print(f"fallback: {sentence}")
+    for line in remarks(record):
+        print(line)
     slower = [row for row in record["results"] if row["slower"] or row["correct"] is False]
     sources = ", ".join(sorted({row["source"] for row in record["results"]}))
     count = len(record["results"])

@@ -22,12 +22,10 @@ from sparsert.bench.timing import copies_for
 from sparsert.errors import UnsupportedError
 from sparsert.formats import Packed24
 from sparsert.formats.semi_structured import why_unsupported
+from sparsert.models.random import prune_at_random_
 
 #: In the order in which they are listed; ``dense`` is what the others are compared with.
 CONTENDERS = ("dense", "ours", "ours-triton", "torch-sparse", "cusparselt")
-
-#: Those that are not ours.
-PEERS = ("dense", "torch-sparse", "cusparselt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,9 +170,7 @@ def random_24(out_features: int, in_features: int, dtype: torch.dtype, device: t
         >>> int((random_24(8, 16, torch.float32, "cpu") != 0).view(-1, 4).sum(-1).max())
         2
     """
-    order = torch.rand(out_features, in_features // 4, 4, device=device).argsort(-1)
-    weight = torch.randn(out_features, in_features, device=device).to(dtype)
-    return weight.masked_fill_((order >= 2).view(out_features, in_features), 0)
+    return prune_at_random_(torch.randn(out_features, in_features, device=device).to(dtype))
 
 
 def _check_cusparselt(layer: Layer) -> None:

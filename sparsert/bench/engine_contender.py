@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sparsert import ops
 from sparsert.bench.card import stored_bytes
 from sparsert.bench.correctness import LogitsReference
+from sparsert.bench.effort import Effort
 from sparsert.bench.memory import PeakMemory
 from sparsert.bench.metrics import Run, spread_ms
 from sparsert.bench.subject import Subject, build_model, replace_packed_
@@ -144,8 +145,8 @@ class EngineContender:
         self._memory.clear()
         return self._reference.check(min(batch, MAX_BATCH_SIZE)).to_dict()
 
-    def measure(self, setting: Setting, *, warmup: int, runs: int, seed: int) -> tuple[list[Run], dict[str, Any]]:
-        """Send the prompts ``warmup + runs`` times; returns the later runs and further keys of the row.
+    def measure(self, setting: Setting, effort: Effort, seed: int) -> tuple[list[Run], dict[str, Any]]:
+        """Warm up, send the prompts as often as the effort allows; returns the runs and further keys of the row.
 
         Raises:
             UnsupportedError: a batch that the engine does not run.
@@ -156,13 +157,13 @@ class EngineContender:
         self._memory.clear()
         # a runner of its own: the cache has the size of this setting and its graphs are captured in the warm-up
         runner = TimedRunner(self.model, self.model.config.max_position_embeddings)
-        for _ in range(warmup):
+        for _ in range(effort.warmup):
             _send(runner, prompts, setting)
         runner.take_step_seconds()
         capture_before_s = runner.capture_s
         self._memory.reset()
-        results = [_send(runner, prompts, setting) for _ in range(runs)]
-        return results, {
+        runs = effort.measure(lambda: _send(runner, prompts, setting))
+        return runs, {
             "step_ms": spread_ms(runner.take_step_seconds()),
             "capture_ms": (runner.capture_s - capture_before_s) * 1e3,
             "cache_bytes": runner.cache_nbytes,

@@ -16,20 +16,25 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsert.bench.card import amount
+from sparsert.bench.cut_off import keeping
 from sparsert.bench.fit_trial import QUESTIONS, prefill_rows
-from sparsert.bench.model_options import add_model_options, parse_settings, subject_of
-from sparsert.bench.options import parse_counts, progress, resolve_dtype, settings_of
+from sparsert.bench.model_options import add_model_options, check_corners, parse_settings, subject_of
+from sparsert.bench.options import parse_counts, progress, remarks, resolve_dtype, settings_of, show
 from sparsert.bench.peers import Start, start_process
 from sparsert.bench.subject import Subject
 from sparsert.bench.workload import Setting
 from sparsert.errors import InputError
 
+if TYPE_CHECKING:
+    import torch
+
 EXAMPLES = """\
 examples:
-  sparsert bench fit --arch llama-3.1-8b --memory 24GB
+  sparsert bench fit --arch llama-3.1-8b                   what fits into this GPU
+  sparsert bench fit --arch llama-3.1-8b --memory 24GB     what would fit into one of 24 GB; runs it if there is room
   sparsert bench fit --arch llama-2-13b --remove-blocks 10 --corners --memory 24GB --lengths 128/512 --batch 1,8
 """
 
@@ -38,6 +43,9 @@ _UNPACK_ROWS = 64
 
 #: Workspaces of cuBLAS and what the allocator cannot give out of its last blocks: a rule of thumb, not measured yet.
 _RESERVE_BYTES = 128_000_000
+
+#: What a process takes from a GPU before its first tensor, libraries' kernels included: a rule of thumb as well.
+_CONTEXT_BYTES = 600_000_000
 
 #: Cache lengths are multiples of it, as in the engine.
 _LENGTH_UNIT = 16
@@ -66,12 +74,28 @@ def parse_memory(text: str) -> int:
     return int(float(match[1]) * _UNITS[(match[2] or "b").lower()])
 
 
+def _free_memory(device: torch.device) -> int:
+    """Bytes that a process of its own can give to tensors on this GPU now.
+
+    Raises:
+        InputError: there is no GPU.
+    """
+    import torch
+
+    if device.type != "cuda":
+        raise InputError("--memory: there is no GPU here whose memory could be taken; give an amount, e.g. 24GB")
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, free - _CONTEXT_BYTES)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this command's own options."""
     add_model_options(parser)
     parser.add_argument("--corners", action="store_true", help="all four corners, not only dense and the one asked for")
     size = parser.add_argument_group("what has to fit")
-    size.add_argument("--memory", metavar="AMOUNT", required=True, help="bytes, or e.g. 24GB, 80GiB")
+    size.add_argument(
+        "--memory", metavar="AMOUNT", help="bytes, or e.g. 24GB, 80GiB (default: what is free on the GPU)"
+    )
     size.add_argument(
         "--lengths", metavar="P/N,...", default="128/128", help="texts of the largest batch (default: 128/128)"
     )
@@ -85,6 +109,7 @@ def run(arguments: argparse.Namespace, *, start: Start = start_process) -> dict[
 
     Raises:
         InputError, UnsupportedError, CheckpointError: options that do not fit.
+        CutOff: a signal ended the run; it has the record so far.
     """
     from sparsert.bench.records import new_record
     from sparsert.models import resolve_device
@@ -92,10 +117,9 @@ def run(arguments: argparse.Namespace, *, start: Start = start_process) -> dict[
     device = resolve_device(arguments.device)  # with its number, which another process needs
     # also on a CPU: what is asked about is a GPU's memory
     dtype = resolve_dtype(arguments.dtype or "bfloat16", device)
-    memory = parse_memory(arguments.memory)
+    memory = _free_memory(device) if arguments.memory is None else parse_memory(arguments.memory)
     subject, notes = subject_of(arguments, dtype)
-    if arguments.corners and (not subject.removed or not subject.sparse):
-        raise InputError("--corners compares dense, 2:4, blocks removed and both; give --remove-blocks N, and no dense")
+    check_corners(arguments.corners, subject)
     texts = parse_settings(arguments.lengths, [1], subject)
     batches = parse_counts(arguments.batch, "--batch")
     record = new_record(
@@ -108,13 +132,17 @@ def run(arguments: argparse.Namespace, *, start: Start = start_process) -> dict[
     why_not = _why_not_confirmed(arguments, memory, record["machine"]["memory_bytes"])
     if why_not:
         record["notes"].append(f"predicted only, not confirmed by running: {why_not}")
-    for corner in progress(_corners(subject, arguments.corners), "fit"):
-        rows = predict_rows(corner, memory, texts, batches)
-        if not why_not:
-            _confirm(record, corner, rows, memory, str(device), arguments.timeout, start)
-        record["results"] += rows
-    for line in table_lines(record):
-        print(line)
+    show(_head(memory))
+    with keeping(record):
+        for corner in progress(_corners(subject, arguments.corners), "fit"):
+            rows = predict_rows(corner, memory, texts, batches)
+            if not why_not:
+                _confirm(record, corner, rows, memory, str(device), arguments.timeout, start)
+            record["results"] += rows
+            for row in rows:
+                show(_row_line(row))
+    for line in remarks(record):
+        show(line)
     return record
 
 
@@ -272,27 +300,26 @@ def _confirm(
         row |= result | {"length": row["input_len"] + result["output_len"], "confirmed": True}
 
 
-def table_lines(record: dict[str, Any]) -> list[str]:
-    """The table for people, and below it what was skipped, and notes."""
-    lines = [
+def _head(memory_bytes: int) -> str:
+    return (
         f"{'corner':<22}{'question':<16}{'batch':>8}{'prompt':>8}{'output':>8}{'weights':>10}{'cache':>10}"
-        f"{'predicted':>11}{'measured':>10}  of {amount(record['settings']['memory_bytes'])}"
-    ]
-    for row in record["results"]:
-        measured = "-" if row["measured_bytes"] is None else amount(row["measured_bytes"])
-        if not row["fits"]:
-            verdict = "does not fit"
-        elif not row["confirmed"]:
-            verdict = "predicted, not run"
-        else:
-            ran = row["batch"] if row["question"] == QUESTIONS[0] else row["output_len"]
-            verdict = "ran" if ran == row["predicted"] else f"ran; {row['predicted']} predicted"
-        limit = "" if row["limited_by"] == "memory" or not row["fits"] else f", limited by {row['limited_by']}"
-        lines.append(
-            f"{row['corner']:<22}{row['question']:<16}{row['batch']:>8}{row['input_len']:>8}{row['output_len']:>8}"
-            f"{amount(row['weight_bytes']):>10}{amount(row['cache_bytes']):>10}{amount(row['predicted_bytes']):>11}"
-            f"{measured:>10}  {verdict}{limit}"
-        )
-    lines += [f"skipped: {entry['peer']}: {entry['reason']}" for entry in record["skipped"]]
-    lines += [f"note: {sentence}" for sentence in record["notes"]]
-    return lines
+        f"{'predicted':>11}{'measured':>10}  of {amount(memory_bytes)}"
+    )
+
+
+def _row_line(row: dict[str, Any]) -> str:
+    """One row; below :func:`_head`."""
+    measured = "-" if row["measured_bytes"] is None else amount(row["measured_bytes"])
+    if not row["fits"]:
+        verdict = "does not fit"
+    elif not row["confirmed"]:
+        verdict = "predicted, not run"
+    else:
+        ran = row["batch"] if row["question"] == QUESTIONS[0] else row["output_len"]
+        verdict = "ran" if ran == row["predicted"] else f"ran; {row['predicted']} predicted"
+    limit = "" if row["limited_by"] == "memory" or not row["fits"] else f", limited by {row['limited_by']}"
+    return (
+        f"{row['corner']:<22}{row['question']:<16}{row['batch']:>8}{row['input_len']:>8}{row['output_len']:>8}"
+        f"{amount(row['weight_bytes']):>10}{amount(row['cache_bytes']):>10}{amount(row['predicted_bytes']):>11}"
+        f"{measured:>10}  {verdict}{limit}"
+    )

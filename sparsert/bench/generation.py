@@ -1,23 +1,27 @@
-"""A latency or throughput run: cards first, then every contender in turn, then one table and one record.
+"""A latency or throughput run: cards first, then every contender in turn, row by row, and one record.
 
 The two differ in what is asked (one batch at a time, or many prompts at once) and in the number that a
-speed-up is made of; everything else is here. A speed-up stands only in a row whose logits, and whose
-baseline's, were checked and found right. Whatever a contender could not do is a line of its own and an
-entry of the record, and the others go on.
+speed-up is made of; everything else is here. The dense baseline runs first, so that every later row has its
+speed-up as soon as it is measured. A speed-up stands only in a row whose logits, and whose baseline's, were
+checked and found right. Whatever a contender could not do is a line of its own and an entry of the record, and the
+others go on.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sparsert.bench.card import amount
+from sparsert.bench.cut_off import keeping
+from sparsert.bench.generation_table import HEAD, row_line
 from sparsert.bench.metrics import share_of_read
-from sparsert.bench.model_options import add_model_options, parse_settings, subject_of
-from sparsert.bench.options import parse_counts, parse_names, resolve_dtype, settings_of
-from sparsert.bench.peers import PEERS, Entry, Start, generation_job, line_up, start_process
+from sparsert.bench.model_options import add_model_options, check_corners, parse_settings, subject_of
+from sparsert.bench.options import parse_counts, parse_names, remarks, resolve_dtype, settings_of, show
+from sparsert.bench.peers import PEERS, Entry, Events, Start, generation_job, line_up, start_process, why_absent
 from sparsert.bench.workload import LENGTH_PRESETS, Setting
 from sparsert.errors import InputError
 
@@ -54,8 +58,15 @@ def add_generation_options(parser: argparse.ArgumentParser, *, runs: int) -> Non
         help=f"prompt and output tokens, e.g. 128/512, or {', '.join(LENGTH_PRESETS)} for those of the papers "
         "(default: 128/128; on a CPU 16/16)",
     )
-    load.add_argument("--runs", metavar="N", type=int, default=runs, help=f"measured runs (default: {runs})")
+    load.add_argument("--runs", metavar="N", type=int, default=runs, help=f"measured runs, at most (default: {runs})")
     load.add_argument("--warmup", metavar="N", type=int, default=1, help="runs before them (default: 1)")
+    load.add_argument(
+        "--time-limit",
+        metavar="SECONDS",
+        type=float,
+        default=10.0,
+        help="begin no further run of a setting that would end beyond it; one is always made (default: 10)",
+    )
     load.add_argument(
         "--no-check", action="store_true", help="leave out the check of the logits, and with it every speed-up"
     )
@@ -75,7 +86,7 @@ def run_generation(
     prompts_of: Callable[[int], int] = lambda batch: batch,
     start: Start = start_process,
 ) -> dict[str, Any]:
-    """Measure all contenders, print cards and table, and return the record.
+    """Measure all contenders, print cards and the table as it grows, and return the record.
 
     Args:
         kind: ``latency`` or ``throughput``.
@@ -85,8 +96,8 @@ def run_generation(
 
     Raises:
         InputError, UnsupportedError, CheckpointError: options that do not fit.
+        CutOff: a signal ended the run; it has the record so far.
     """
-    from sparsert.bench.foreign_contenders import why_absent
     from sparsert.bench.kernels import roofs_sentence, start_record
     from sparsert.models import resolve_device
 
@@ -96,11 +107,11 @@ def run_generation(
     for option, value, least in (("--runs", arguments.runs, 1), ("--warmup", arguments.warmup, 0)):
         if value < least:
             raise InputError(f"{option} {value}: give a whole number from {least}")
-    if not arguments.timeout > 0:
-        raise InputError(f"--timeout {arguments.timeout:g}: give seconds, more than 0")
+    for option, seconds in (("--timeout", arguments.timeout), ("--time-limit", arguments.time_limit)):
+        if not seconds > 0:
+            raise InputError(f"{option} {seconds:g}: give seconds, more than 0")
     subject, notes = subject_of(arguments, dtype)
-    if arguments.corners and (not subject.removed or not subject.sparse):
-        raise InputError("--corners compares dense, 2:4, blocks removed and both; give --remove-blocks N, and no dense")
+    check_corners(arguments.corners, subject)
     batches = parse_counts(arguments.batch or _DEFAULT_BATCHES[device.type], "--batch")
     lengths = arguments.lengths or _DEFAULT_LENGTHS[device.type]
     settings = parse_settings(lengths, batches, subject, {batch: prompts_of(batch) for batch in batches})
@@ -124,20 +135,23 @@ def run_generation(
     )
     record["notes"] += notes
     record["skipped"] += left_out
-    print(roofs_sentence(record), flush=True)
+    show(roofs_sentence(record))
+    for line in remarks(record, "skipped"):
+        show(line)
     for entry in entries:
         if entry.peer in ("ours", "dense"):
             card = entry.subject.card()
             record["settings"]["cards"].append(card.to_dict())
-            print(card.to_text(record["roofs"]["read_bytes_per_s"]), flush=True)
+            show(card.to_text(record["roofs"]["read_bytes_per_s"]))
 
-    with _Progress(len(entries) * len(settings)) as progress:
+    show(HEAD)
+    with keeping(record), _Progress(len(entries) * len(settings)) as progress:
         for entry in entries:
             progress.say(entry.label)
-            reason = why_absent(entry.peer, device)
+            contender = _Contender(record, entry, settings, progress)
+            reason = why_absent(entry.peer, device.type)
             if reason is not None:
-                record["skipped"].append({"peer": entry.peer, "reason": reason})
-                progress.step(len(settings))
+                contender.skip(reason)
                 continue
             job = generation_job(
                 entry,
@@ -145,72 +159,89 @@ def run_generation(
                 device=str(device),
                 warmup=arguments.warmup,
                 runs=arguments.runs,
+                time_limit_s=arguments.time_limit,
                 seed=arguments.seed,
                 check=not arguments.no_check,
             )
-            _collect(record, entry, settings, start(job, arguments.timeout), progress.step)
-    _add_speedups(record, *_COMPARED[kind])
-    for line in table_lines(record):
-        print(line)
+            contender.follow(start(job, arguments.timeout))
+    for line in remarks(record, "fallbacks", "notes"):  # what was skipped stands where it happened
+        show(line)
     return record
 
 
-def _collect(
-    record: dict[str, Any], entry: Entry, settings: Sequence[Setting], events: Any, step: Callable[[int], None]
-) -> None:
-    """Turn the events of one contender into rows, skipped entries and fallbacks of the record."""
-    facts: dict[str, Any] = {}
-    who = f"{entry.label}, " if entry.peer == "ours" else ""  # ours may run in several corners
-    open_settings = dict(enumerate(settings))
-    for told in events:
-        event = dict(told)
-        name = event.pop("event")
-        if name == "loaded":
-            record["fallbacks"] += [f"{entry.label}: {sentence}" for sentence in event.pop("fallbacks")]
-            facts = event
-        elif name == "row":
-            step(1)
-            setting = open_settings.pop(event.pop("setting"))
-            record["results"].append(_row(record, entry, setting, facts, event))
-        elif name == "skipped":
-            step(1)
-            setting = open_settings.pop(event.pop("setting"))
-            record["skipped"].append({"peer": entry.peer, "reason": f"{who}{setting}: {event['reason']}"})
-        elif name == "failed":
-            done = len(settings) - len(open_settings)
-            when = f"after {done} of {len(settings)} settings: " if done else ""
-            record["skipped"].append({"peer": entry.peer, "reason": f"{who}{when}{event['reason']}"})
-    step(len(open_settings))
+class _Contender:
+    """What becomes of the events of one contender: rows, skipped entries and fallbacks of the record, and lines."""
+
+    def __init__(self, record: dict[str, Any], entry: Entry, settings: Sequence[Setting], progress: _Progress) -> None:
+        self._record, self._entry, self._progress = record, entry, progress
+        self._settings = settings
+        self._open = dict(enumerate(settings))
+        self._facts: Row = {}
+        self._started = self._last = time.perf_counter()
+
+    def follow(self, events: Events) -> None:
+        """Take events until they end."""
+        with contextlib.closing(events):
+            for told in events:
+                event = dict(told)
+                name = event.pop("event")
+                if name == "loaded":
+                    sentences = event.pop("fallbacks")
+                    self._record["fallbacks"] += [f"{self._entry.label}: {sentence}" for sentence in sentences]
+                    self._facts = event | {"start_s": time.perf_counter() - self._started}
+                elif name == "row":
+                    self._add_row(self._open.pop(event.pop("setting")), event)
+                elif name == "skipped":
+                    setting = self._open.pop(event.pop("setting"))
+                    self.skip(f"{setting}: {event['reason']}", 1)
+                elif name == "failed":
+                    done = len(self._settings) - len(self._open)
+                    when = f"after {done} of {len(self._settings)} settings: " if done else ""
+                    self.skip(when + event["reason"])
+
+    def skip(self, reason: str, settings: int | None = None) -> None:
+        """Say and record that settings, by default all that are left, are not measured."""
+        # ours may run in several corners
+        who = f"{self._entry.label}, " if self._entry.peer == "ours" else ""
+        self._record["skipped"].append({"peer": self._entry.peer, "reason": who + reason})
+        show(remarks(self._record, "skipped")[-1])
+        self._progress.step(len(self._open) if settings is None else settings)
+
+    def _add_row(self, setting: Setting, measured: Row) -> None:
+        subject, record = self._entry.subject, self._record
+        kv_bytes_per_token = subject.card().kv_bytes_per_token
+        tpot, share = measured["tpot_ms"], None
+        if tpot is not None:
+            read = record["roofs"]["read_bytes_per_s"]
+            share = share_of_read(self._facts["read_bytes"], kv_bytes_per_token, setting, tpot["p50"], read)
+        now = time.perf_counter()
+        row = {
+            "peer": self._entry.peer,
+            "corner": subject.corner,
+            "model": subject.name,
+            "dtype": subject.dtype,
+            **setting.to_json(),
+            **measured,
+            "share_of_read": share,
+            **self._facts,
+            # of the whole process in its first row, then of each further one: they add up
+            "wall_s": now - self._last,
+            "kv_bytes_per_token": kv_bytes_per_token,
+        }
+        self._last = now
+        record["results"].append(row | {"speedup_vs_dense": _speedup(record, row)})
+        if row["correct"] is False:
+            record["notes"].append(
+                f"{row['peer']}, {row['corner']}, batch {row['batch']}: wrong logits (error {row['error']:.2e}, "
+                f"torch's {row['torch_error']:.2e}), so no speed-up is given"
+            )
+        show(row_line(record["results"][-1]))
+        self._progress.step(1)
 
 
-def _row(record: dict[str, Any], entry: Entry, setting: Setting, facts: Row, measured: Row) -> Row:
-    subject = entry.subject
-    kv_bytes_per_token = subject.card().kv_bytes_per_token
-    tpot = measured["tpot_ms"]
-    read = record["roofs"]["read_bytes_per_s"]
-    share = None
-    if tpot is not None:
-        share = share_of_read(facts["read_bytes"], kv_bytes_per_token, setting, tpot["p50"], read)
-    return {
-        "peer": entry.peer,
-        "corner": subject.corner,
-        "model": subject.name,
-        "dtype": subject.dtype,
-        **setting.to_json(),
-        **measured,
-        "share_of_read": share,
-        **facts,
-        "kv_bytes_per_token": kv_bytes_per_token,
-        "speedup_vs_dense": None,
-    }
-
-
-def _add_speedups(record: dict[str, Any], key: str, more_is_better: bool) -> None:
-    """Fill ``speedup_vs_dense`` where both rows were found right, and note which were found wrong."""
-    rows = record["results"]
-
-    def asked(row: Row) -> tuple[int, ...]:
-        return row["batch"], row["input_len"], row["output_len"]
+def _speedup(record: dict[str, Any], row: Row) -> float | None:
+    """How many times better than the dense row of the same question; None unless both were found right."""
+    key, more_is_better = _COMPARED[record["kind"]]
 
     def value(row: Row) -> float | None:
         found = row[key]
@@ -218,61 +249,13 @@ def _add_speedups(record: dict[str, Any], key: str, more_is_better: bool) -> Non
             found = row["e2e_ms"]  # a single token has no time per further token
         return found["p50"] if isinstance(found, dict) else found
 
-    baselines = {asked(row): row for row in rows if row["peer"] == "dense"}
-    for row in rows:
-        if row["correct"] is False:
-            record["notes"].append(
-                f"{row['peer']}, {row['corner']}, batch {row['batch']}: wrong logits (error {row['error']:.2e}, "
-                f"torch's {row['torch_error']:.2e}), so no speed-up is given"
-            )
-        dense = baselines.get(asked(row))
-        if dense is None or dense is row or not (row["correct"] is True and dense["correct"] is True):
-            continue
-        own, others = value(row), value(dense)
-        if own and others:
-            row["speedup_vs_dense"] = own / others if more_is_better else others / own
-
-
-_HEAD = (
-    f"{'contender':<22}{'batch':>6}{'lengths':>11}{'TTFT ms':>10}{'TPOT ms':>9}{'p95':>9}{'ITL p99':>9}{'tok/s':>10}"
-    f"{'of read':>8}{'peak':>9}{'weights':>10}{'load s':>8}{'speed-up':>10}  check"
-)
-
-
-def table_lines(record: dict[str, Any]) -> list[str]:
-    """The table for people, and below it what was skipped, what fell back, and notes."""
-    lines = [_HEAD]
-    for row in record["results"]:
-        name = row["corner"] if row["peer"] in ("ours", "dense") else row["peer"]
-        ttft, tpot, itl = (row[key] or {} for key in ("ttft_ms", "tpot_ms", "itl_ms"))
-        share = row["share_of_read"]
-        speedup = row["speedup_vs_dense"]
-        lines.append(
-            f"{name:<22}{row['batch']:>6}{row['input_len']:>6}/{row['output_len']:<4}"
-            f"{_cell(ttft.get('p50'), 10, 2)}{_cell(tpot.get('p50'), 9, 3)}{_cell(tpot.get('p95'), 9, 3)}"
-            f"{_cell(itl.get('p99'), 9, 3)}{_cell(row['output_tok_per_s'], 10, 1)}"
-            f"{'-' if share is None else format(share, '.0%'):>8}{_size(row['peak_bytes']):>9}"
-            f"{_size(row['weight_bytes']):>10}{_cell(row['load_s'], 8, 1)}"
-            f"{'-' if speedup is None else format(speedup, '.2f') + 'x':>10}  {_verdict(row)}"
-        )
-    lines += [f"skipped: {entry['peer']}: {entry['reason']}" for entry in record["skipped"]]
-    lines += [f"fallback: {sentence}" for sentence in record["fallbacks"]]
-    lines += [f"note: {sentence}" for sentence in record["notes"]]
-    return lines
-
-
-def _cell(value: float | None, width: int, digits: int) -> str:
-    return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
-
-
-def _size(count: int | None) -> str:
-    return "-" if count is None else amount(count)
-
-
-def _verdict(row: Row) -> str:
-    if row["correct"] is None:
-        return "not checked"
-    return f"{'ok' if row['correct'] else 'WRONG'} ({row['error'] / row['torch_error']:.2f} x torch's error)"
+    asked = ("batch", "input_len", "output_len")
+    for dense in record["results"]:
+        if dense["peer"] == "dense" and all(dense[name] == row[name] for name in asked):
+            own, others = value(row), value(dense)
+            if row["correct"] is True and dense["correct"] is True and own and others:
+                return own / others if more_is_better else others / own
+    return None
 
 
 class _Progress:
@@ -290,7 +273,9 @@ class _Progress:
         self._bar.close()
 
     def say(self, what: str) -> None:
+        """Name what runs now."""
         self._bar.set_description(what)
 
-    def step(self, count: int = 1) -> None:
-        self._bar.update(count)
+    def step(self, settings: int) -> None:
+        """Move on."""
+        self._bar.update(settings)

@@ -19,7 +19,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 
-from sparsert.bench.layers import BrokenDeviceError, LayerTask, Row, empty_rows, measure_layer
+from sparsert.bench.layer_task import BrokenDeviceError, LayerTask, Row, empty_rows
 from sparsert.errors import UnsupportedError
 
 #: A step of one contender takes seconds; the search through cuSPARSELt's algorithms up to half a minute.
@@ -41,7 +41,7 @@ def measure_layers(
     tasks: Sequence[LayerTask],
     *,
     isolated: bool,
-    measure: Measure = measure_layer,
+    measure: Measure | None = None,
     silence_s: float = _SILENCE_SECONDS,
 ) -> Iterator[tuple[int, list[Row]]]:
     """Measure layers one after the other.
@@ -49,7 +49,8 @@ def measure_layers(
     Args:
         tasks: what to measure.
         isolated: in a child process, which may die; else in this one.
-        measure: what measures one layer; a function of a module, since a child imports it.
+        measure: what measures one layer, by default :func:`sparsert.bench.layers.measure_layer`; a function of a
+            module, since a child imports it.
         silence_s: seconds without a word after which a child counts as hanging.
 
     Yields:
@@ -58,6 +59,7 @@ def measure_layers(
     Raises:
         UnsupportedError: no child process can be started.
     """
+    measure = measure or _default_measure()
     if not isolated:
         for index, task in enumerate(tasks):
             for rows in measure(task, lambda contender: None):
@@ -87,6 +89,13 @@ def measure_layers(
         elif turn != _START:  # the baseline, or nobody in particular: this batch cannot be measured
             yield index, empty_rows(task, task.batches[0], reason)
             _drop_batch(remaining)
+
+
+def _default_measure() -> Measure:
+    # here and not at the top: a child that measures something else needs no torch to start
+    from sparsert.bench.layers import measure_layer
+
+    return measure_layer
 
 
 def _without(task: LayerTask, excluded: dict[str, str]) -> LayerTask:

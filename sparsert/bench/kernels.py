@@ -10,11 +10,22 @@ of the step around it; that is ``bench latency``'s and ``bench profile``'s matte
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sparsert.bench.options import dtype_name, parse_counts, parse_names, resolve_device, resolve_dtype, settings_of
+from sparsert.bench.cut_off import keeping
+from sparsert.bench.options import (
+    dtype_name,
+    parse_counts,
+    parse_names,
+    remarks,
+    resolve_device,
+    resolve_dtype,
+    settings_of,
+    show,
+)
 from sparsert.bench.shapes import LAYER_KINDS, SIZES, LinearShape, linear_shapes
 from sparsert.errors import InputError
 
@@ -23,7 +34,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  sparsert bench kernels --output record.json                       Llama-2-7B and Llama-3.1-8B, every peer
+  sparsert bench kernels --output record.json              every layer of Llama-2-7B and Llama-3.1-8B, every peer
   sparsert bench kernels --shapes smollm2-135m --batch 1,8,64 --peers none
   sparsert bench kernels --shapes tiny --device cpu
 
@@ -76,6 +87,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: an option does not fit.
         UnsupportedError: the device is not there.
+        CutOff: a signal ended the run; it has the record so far.
     """
     device = resolve_device(arguments.device)
     dtype = resolve_dtype(arguments.dtype, device)
@@ -98,14 +110,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "dtype": dtype_name(dtype),
     }
     record = start_record("kernels", settings, device, dtype)
-    print(roofs_sentence(record), flush=True)
-    print(table_head(contenders), flush=True)
-    for row_group in measure_shapes(
+    show(roofs_sentence(record))
+    show(table_head(contenders))
+    groups = measure_shapes(
         record, shapes, batches, contenders, device, dtype, seed=arguments.seed, repeats=arguments.repeats
-    ):
-        print(table_line(row_group, contenders), flush=True)
+    )
+    with keeping(record), contextlib.closing(groups):
+        for rows in groups:
+            show(table_line(rows, contenders))
     for line in closing_lines(record):
-        print(line)
+        show(line)
     return record
 
 
@@ -130,7 +144,7 @@ def measure_shapes(
     *,
     seed: int,
     repeats: int,
-) -> Iterator[list[dict[str, Any]]]:
+) -> Generator[list[dict[str, Any]], None, None]:
     """Measure layers and put their rows into a record.
 
     Layers of equal shape are measured once and get a row each. Contenders that could not run at all come
@@ -158,7 +172,6 @@ def measure_shapes(
             for shape in labels[index]:
                 full = [_labelled(row, shape, record["roofs"]) for row in rows]
                 record["results"] += full
-                bar.clear()
                 yield full
             bar.update()
     _note_skipped(record, contenders)
@@ -270,7 +283,4 @@ def closing_lines(record: dict[str, Any]) -> list[str]:
         if row["correct"] is False:
             layer = f"{row['out_features']}x{row['in_features']}, batch {row['batch']}"
             lines.append(f"wrong: {row['contender']} on {layer}: {row['reason']}")
-    lines += [f"skipped: {entry['peer']}: {entry['reason']}" for entry in record["skipped"]]
-    lines += [f"fallback: {sentence}" for sentence in record["fallbacks"]]
-    lines += [f"note: {sentence}" for sentence in record["notes"]]
-    return lines
+    return lines + remarks(record)

@@ -18,9 +18,9 @@ examples:
   sparsert bench latency --arch llama-2-7b --remove-blocks 8 --corners --lengths shortened-llama
   sparsert bench latency --model DIR --lengths maskllm --batch 1,2,4,8,16
 
-Peers run the unpruned model: dense in this engine, hf and hf-compile in transformers, vllm in vLLM;
-torch-sparse is this engine with torch.sparse's 2:4 layers. One that is not installed or fails is
-skipped with the reason.
+Peers run the unpruned model: dense in this engine, hf and hf-compile in transformers, vllm in vLLM, gpt-fast
+in the checkout that the variable SPARSERT_GPT_FAST names; torch-sparse is this engine with torch.sparse's 2:4
+layers. One that is not installed or fails is skipped with the reason.
 """
 
 
@@ -34,5 +34,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         InputError, UnsupportedError, CheckpointError: options that do not fit.
+        CutOff: a signal ended the run; it has the record so far.
     """
     return run_generation("latency", arguments)

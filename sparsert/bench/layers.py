@@ -9,7 +9,6 @@ Source of the tolerance: flash-attention's tests.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,44 +16,14 @@ import torch
 from torch import Tensor
 
 from sparsert.bench.contenders import MAKERS, Layer
+from sparsert.bench.layer_task import BrokenDeviceError, LayerTask, Row, empty_rows
 from sparsert.bench.timing import CaptureError, Replay, Spread, time_in_turn
 
 #: Errors below this are rounding of the accumulation itself: eight units in float32's last place.
-_LEAST_TOLERANCE = 8 * torch.finfo(torch.float32).eps
+LEAST_TOLERANCE = 8 * torch.finfo(torch.float32).eps
 
 #: Outputs compared at a time, so that float64 copies of a large result stay small.
 _COMPARED_AT_ONCE = 2**26
-
-Row = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerTask:
-    """What to measure of one shape; plain data, so that it can be sent to another process.
-
-    Attributes:
-        out_features, in_features: shape of the weight.
-        batches: rows of x, one measurement each.
-        contenders: names of :data:`sparsert.bench.contenders.CONTENDERS`, ``dense`` among them.
-        device, dtype: as torch names them, e.g. ``cuda:0`` and ``bfloat16``.
-        seed: of weight and inputs.
-        repeats: runs of each contender that the median is taken of.
-        excluded: contenders that must not run, with the reason.
-    """
-
-    out_features: int
-    in_features: int
-    batches: tuple[int, ...]
-    contenders: tuple[str, ...]
-    device: str
-    dtype: str
-    seed: int = 0
-    repeats: int = 15
-    excluded: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
-class BrokenDeviceError(RuntimeError):
-    """A contender left the GPU's context or a capture broken; only a new process can go on."""
 
 
 def relative_error(y: Tensor, reference: Tensor) -> float:
@@ -131,7 +100,7 @@ def _check_all(
     x = torch.randn(batch, layer.weight.shape[1], device=device).to(layer.weight.dtype)
     reference = torch.nn.functional.linear(x.double(), layer.weight.double())
     dense_error = relative_error(torch.nn.functional.linear(x, layer.weight), reference)
-    tolerance = max(2 * dense_error, _LEAST_TOLERANCE)
+    tolerance = max(2 * dense_error, LEAST_TOLERANCE)
     replays: dict[str, Replay] = {}
     for name, contender in made.items():
         tell(name)
@@ -158,29 +127,6 @@ def _all_of(call: Callable[[Any], Tensor], weights: Any) -> Callable[[], None]:
             call(weight)
 
     return run_all
-
-
-def empty_rows(task: LayerTask, batch: int, reason: str | None) -> list[Row]:
-    """The rows of a batch before anything of it was measured, or with the reason why nothing was."""
-    return [
-        {
-            "out_features": task.out_features,
-            "in_features": task.in_features,
-            "batch": batch,
-            "dtype": task.dtype,
-            "contender": contender,
-            "kernel": None,
-            "time_us": None,
-            "gb_per_s": None,
-            "tflop_per_s": None,
-            "speedup": None,
-            "error": None,
-            "dense_error": None,
-            "correct": None,
-            "reason": reason,
-        }
-        for contender in task.contenders
-    ]
 
 
 def _fill(row: Row, times: Spread, weight_bytes: int) -> None:

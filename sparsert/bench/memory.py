@@ -12,7 +12,7 @@ import torch
 class PeakMemory:
     """The most memory in use since the last reset.
 
-    On a CPU the system keeps one peak for the whole life of a process, so there a reset does nothing.
+    On a CPU the system keeps one peak for the whole life of a process, so there nothing is cleared or reset.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -20,8 +20,8 @@ class PeakMemory:
 
     def clear(self) -> None:
         """Let go of what earlier measurements left behind: runners and their graphs refer to each other."""
-        gc.collect()
         if self._device.type == "cuda":
+            gc.collect()
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
 

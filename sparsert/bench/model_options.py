@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsert.bench.architectures import ARCHITECTURES, choose_blocks, hf_config
+from sparsert.bench.options import dtype_name
 from sparsert.bench.subject import SPARSITIES, Subject, stored_sparsity
 from sparsert.bench.workload import Setting, parse_lengths
 from sparsert.errors import InputError
@@ -42,6 +43,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_corners(corners: bool, subject: Subject) -> None:
+    """Refuse ``--corners`` for a model that has not all four.
+
+    Raises:
+        InputError: no blocks are removed, or the model is dense.
+    """
+    if corners and (not subject.removed or not subject.sparse):
+        raise InputError("--corners compares dense, 2:4, blocks removed and both; give --remove-blocks N, and no dense")
+
+
 def subject_of(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[Subject, list[str]]:
     """The model that the options name, in the corner that they ask for.
 
@@ -60,7 +71,7 @@ def subject_of(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[Subje
     if arguments.model is None and arguments.arch is None:
         raise InputError(f"nothing to measure; give --arch ({', '.join(ARCHITECTURES)}) or --model DIR|ID")
     common: dict[str, Any] = {
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "seed": arguments.seed,
         "backend": arguments.backend,
     }

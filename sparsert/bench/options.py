@@ -170,6 +170,28 @@ def say(sentence: str) -> None:
     print(f"sparsert: {sentence}", file=sys.stderr, flush=True)
 
 
+def remarks(record: dict[str, Any], *keys: str) -> list[str]:
+    """The lines below a table: what was skipped and why, what fell back, and notes.
+
+    Args:
+        keys: of ``skipped``, ``fallbacks`` and ``notes``, default all.
+    """
+    lines = {
+        "skipped": [f"skipped: {entry['peer']}: {entry['reason']}" for entry in record["skipped"]],
+        "fallbacks": [f"fallback: {sentence}" for sentence in record["fallbacks"]],
+        "notes": [f"note: {sentence}" for sentence in record["notes"]],
+    }
+    return [line for key in keys or lines for line in lines[key]]
+
+
+def show(line: str) -> None:
+    """A line of results: on standard output at once, above the progress bar if there is one."""
+    from tqdm.auto import tqdm
+
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
 def progress(items: Iterable[_Item], what: str, *, total: int | None = None) -> Iterator[_Item]:
     """Pass items on behind a progress bar on standard error; silent when that is not a terminal."""
     from tqdm.auto import tqdm

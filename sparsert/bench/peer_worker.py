@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -61,6 +62,7 @@ def execute(job: dict[str, Any], emit: Emit) -> None:
 def _measure(job: dict[str, Any], emit: Emit) -> None:
     import torch
 
+    from sparsert.bench.effort import Effort
     from sparsert.bench.metrics import summarize
     from sparsert.bench.subject import Subject
     from sparsert.bench.workload import Setting
@@ -69,16 +71,25 @@ def _measure(job: dict[str, Any], emit: Emit) -> None:
     settings = [Setting.from_json(value) for value in job["settings"]]
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    effort = Effort(**job["effort"])
     contender = _make_contender(job, subject, device, settings)
     emit("loaded", **contender.facts())
     checks: dict[int, dict[str, Any]] = {}
     for index, setting in enumerate(settings):
         try:
             # the measurement first: a check of a batch that cannot run would say less
-            runs, more = contender.measure(setting, warmup=job["warmup"], runs=job["runs"], seed=job["seed"])
+            start = time.perf_counter()
+            runs, more = contender.measure(setting, effort, job["seed"])
+            measured = time.perf_counter()
             if setting.batch not in checks:
                 checks[setting.batch] = contender.check(setting.batch)
-            emit("row", setting=index, **summarize(runs, setting), **more, **checks[setting.batch])
+            run_s = sum(run.elapsed_s for run in runs)
+            spent = {
+                "warmup_s": measured - start - run_s,
+                "run_s": run_s,
+                "check_s": time.perf_counter() - measured,
+            }
+            emit("row", setting=index, **summarize(runs, setting), **more, **checks[setting.batch], **spent)
         except Exception as error:
             emit("skipped", setting=index, reason=reason_of(error))
             del error
@@ -88,21 +99,23 @@ def _measure(job: dict[str, Any], emit: Emit) -> None:
 
 def _make_contender(job: dict[str, Any], subject: Any, device: Any, settings: list[Any]) -> Any:
     peer = job["peer"]
-    if peer in ("ours", "dense", "torch-sparse"):
-        from sparsert.bench.engine_contender import EngineContender
-
-        largest = max(setting.batch for setting in settings) if job["check"] else 0
-        return EngineContender(subject, device, torch_sparse=peer == "torch-sparse", check_rows=largest)
-    from sparsert.bench.foreign_contenders import HuggingFaceContender, VllmContender
-
     if peer in ("hf", "hf-compile"):
-        return HuggingFaceContender(subject, device, compiled=peer == "hf-compile")
-    return VllmContender(
-        subject,
-        device,
-        batch=max(setting.batch for setting in settings),
-        length=max(setting.length for setting in settings),
-    )
+        from sparsert.bench.transformers_contender import TransformersContender
+
+        return TransformersContender(subject, device, compiled=peer == "hf-compile")
+    if peer == "vllm":
+        from sparsert.bench.vllm_contender import VllmContender
+
+        longest = max(setting.length for setting in settings)
+        return VllmContender(subject, device, batch=max(setting.batch for setting in settings), length=longest)
+    if peer == "gpt-fast":
+        from sparsert.bench.gpt_fast_contender import GptFastContender
+
+        return GptFastContender(subject, device)
+    from sparsert.bench.engine_contender import EngineContender
+
+    largest = max(setting.batch for setting in settings) if job["check"] else 0
+    return EngineContender(subject, device, torch_sparse=peer == "torch-sparse", check_rows=largest)
 
 
 def reason_of(error: BaseException) -> str:

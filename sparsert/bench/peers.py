@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import queue
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,7 +35,24 @@ from sparsert.bench.subject import Subject
 from sparsert.bench.workload import Setting
 
 #: Whom ``--peers`` can name; ``ours`` runs always.
-PEERS = ("dense", "hf", "hf-compile", "torch-sparse", "vllm")
+PEERS = ("dense", "hf", "hf-compile", "torch-sparse", "vllm", "gpt-fast")
+
+#: What rows of other engines say about their correctness.
+NOT_CHECKED = "not checked: another engine on weights of its own"
+
+#: A checkout of gpt-fast, which is a repository and no package.
+GPT_FAST_VARIABLE = "SPARSERT_GPT_FAST"
+
+#: Python package of each peer that needs one.
+_PACKAGES = {"hf": "transformers", "hf-compile": "transformers", "vllm": "vllm"}
+
+#: Peers that do not run on a CPU, and why.
+_GPU_ONLY = {
+    "hf-compile": "transformers compiles its decode step",
+    "torch-sparse": "torch.sparse runs 2:4 weights",
+    "vllm": "vLLM runs here",
+    "gpt-fast": "gpt-fast captures its decode step",
+}
 
 #: How often a silent process is looked at.
 _POLL_SECONDS = 1.0
@@ -43,7 +61,8 @@ _POLL_SECONDS = 1.0
 _TAIL_LINES = 40
 
 Event = dict[str, Any]
-Start = Callable[[dict[str, Any], float], Iterator[Event]]
+Events = Generator[Event, None, None]
+Start = Callable[[dict[str, Any], float], Events]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,24 +118,52 @@ def line_up(subject: Subject, peers: Sequence[str], *, corners: bool) -> tuple[l
     return entries, skipped
 
 
+def why_absent(peer: str, device_type: str) -> str | None:
+    """Why a peer cannot run here, as far as that can be told without starting it; None if it may.
+
+    Args:
+        peer: ``ours`` or one of :data:`PEERS`.
+        device_type: ``cuda`` or ``cpu``.
+    """
+    package = _PACKAGES.get(peer)
+    if package is not None and importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    if peer == "gpt-fast":
+        folder = os.environ.get(GPT_FAST_VARIABLE)
+        if not folder:
+            return f"gpt-fast is not installed; clone it and give its folder in the variable {GPT_FAST_VARIABLE}"
+        if not all(Path(folder, name).is_file() for name in ("model.py", "generate.py")):
+            return f"{GPT_FAST_VARIABLE}={folder}: there is no model.py and generate.py; give a checkout of gpt-fast"
+    if peer in _GPU_ONLY and device_type != "cuda":
+        return f"{_GPU_ONLY[peer]} on a GPU only, and this is the {device_type.upper()}"
+    return None
+
+
 def generation_job(
-    entry: Entry, settings: Sequence[Setting], *, device: str, warmup: int, runs: int, seed: int, check: bool
+    entry: Entry,
+    settings: Sequence[Setting],
+    *,
+    device: str,
+    warmup: int,
+    runs: int,
+    time_limit_s: float,
+    seed: int,
+    check: bool,
 ) -> dict[str, Any]:
-    """The job of one contender, as plain types."""
+    """The job of one contender, as plain types; ``warmup``, ``runs`` and the limit are those of ``Effort``."""
     return {
         "task": "generate",
         "peer": entry.peer,
         "subject": entry.subject.to_json(),
         "settings": [setting.to_json() for setting in settings],
         "device": device,
-        "warmup": warmup,
-        "runs": runs,
+        "effort": {"warmup": warmup, "runs": runs, "time_limit_s": time_limit_s},
         "seed": seed,
         "check": check,
     }
 
 
-def start_process(job: dict[str, Any], silence_s: float) -> Iterator[Event]:
+def start_process(job: dict[str, Any], silence_s: float) -> Events:
     """Run a job in a fresh process.
 
     Args:
@@ -133,7 +180,7 @@ def start_process(job: dict[str, Any], silence_s: float) -> Iterator[Event]:
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-            env=os.environ | {"PYTHONPATH": _module_path(), "TOKENIZERS_PARALLELISM": "false"},
+            env=_environment(job["device"]),
             start_new_session=True,  # so that its own children can be ended with it
         )
         assert process.stdin is not None and process.stdout is not None
@@ -156,7 +203,7 @@ def start_process(job: dict[str, Any], silence_s: float) -> Iterator[Event]:
             process.stdout.close()
 
 
-def start_here(job: dict[str, Any], silence_s: float) -> Iterator[Event]:
+def start_here(job: dict[str, Any], silence_s: float) -> Events:
     """Run a job in this process: no isolation, no start-up time; events come at the end."""
     from sparsert.bench.peer_worker import execute
 
@@ -165,10 +212,13 @@ def start_here(job: dict[str, Any], silence_s: float) -> Iterator[Event]:
     yield from json.loads(json.dumps(events))
 
 
-def _module_path() -> str:
-    """PYTHONPATH under which a child finds this package and what this process found."""
+def _environment(device: str) -> dict[str, str]:
+    """Variables of a child: one that finds this package and what this process found, and the GPU if it needs one."""
     here = str(Path(__file__).resolve().parents[2])
-    return os.pathsep.join(dict.fromkeys([here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+    path = dict.fromkeys([here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "TOKENIZERS_PARALLELISM": "false"}
+    # a process that does not see the GPU spends no seconds on starting it
+    return environment | {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else environment
 
 
 def _events(process: subprocess.Popen[str], stdout: IO[str], silence_s: float) -> Iterator[Event | None]:

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from sparsert.bench.card import corner_name
+from sparsert.bench.cut_off import keeping
 from sparsert.bench.model_options import add_model_options, subject_of
-from sparsert.bench.options import parse_counts, progress, resolve_dtype, settings_of
+from sparsert.bench.options import parse_counts, progress, remarks, resolve_dtype, settings_of, show
+from sparsert.bench.peer_worker import reason_of
 from sparsert.bench.subject import Subject, build_model
 from sparsert.errors import InputError
 
@@ -40,6 +42,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         InputError, UnsupportedError, CheckpointError: options that do not fit.
+        CutOff: a signal ended the run; it has the record so far.
     """
     from sparsert.bench.records import new_record
     from sparsert.engine.runner import MAX_BATCH_SIZE
@@ -66,15 +69,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     record["notes"] += notes
     if device.type == "cpu":
         record["notes"].append("on a CPU under the profiler, which makes every operator slower: shares are rough")
-    for part in progress(_subjects(subject, with_dense=not arguments.no_dense), "profile"):
-        try:
-            _profile(record, part, device, batches, arguments)
-        except torch.OutOfMemoryError as error:
-            reason = f"out of memory: {str(error).split('. ')[0]}"
-            record["skipped"].append({"peer": _peer(part), "reason": f"{part.corner}: {reason}"})
-        gc.collect()  # runners and their graphs refer to each other
+    with keeping(record):
+        for part in progress(_subjects(subject, with_dense=not arguments.no_dense), "profile"):
+            try:
+                _profile(record, part, device, batches, arguments)
+            except torch.OutOfMemoryError as error:
+                record["skipped"].append({"peer": _peer(part), "reason": f"{part.corner}: {reason_of(error)}"})
+            gc.collect()  # runners and their graphs refer to each other
     for line in table_lines(record):
-        print(line)
+        show(line)
     return record
 
 
@@ -126,12 +129,11 @@ def table_lines(record: dict[str, Any]) -> list[str]:
     parts = list(dict.fromkeys(row["part"] for row in rows))
     by_place = {(row["corner"], row["batch"], row["part"]): row for row in rows}
     if not rows:
-        return [f"skipped: {entry['peer']}: {entry['reason']}" for entry in record["skipped"]]
+        return remarks(record)
     lines = [f"{'us of a decode step':<26}" + "".join(f"{f'{c}, batch {b}':>32}" for c, b in columns)]
     for part in parts:
         cells = [by_place[(*column, part)] for column in columns]
         lines.append(f"{part:<26}" + "".join(f"{cell['us']:>24.1f}{cell['share']:>8.1%}" for cell in cells))
     steps = [by_place[(*column, parts[0])]["step_us"] for column in columns]
     lines.append(f"{'all':<26}" + "".join(f"{step:>24.1f}{1:>8.1%}" for step in steps))
-    lines += [f"skipped: {entry['peer']}: {entry['reason']}" for entry in record["skipped"]]
-    return lines + [f"note: {sentence}" for sentence in record["notes"]]
+    return lines + remarks(record)

@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         InputError, UnsupportedError, CheckpointError: options that do not fit.
+        CutOff: a signal ended the run; it has the record so far.
     """
     if arguments.num_prompts is not None and arguments.num_prompts < 1:
         raise InputError(f"--num-prompts {arguments.num_prompts}: give a whole number from 1")

@@ -170,10 +170,13 @@ def test_missing_kernels_are_recorded_as_fallbacks(monkeypatch: pytest.MonkeyPat
 @pytest.mark.gpu
 def test_kernels_on_a_gpu_against_every_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "kernels.json"
-    options = ["--shapes", "smollm2-135m", "--layers", "fused", "--batch", "1,16,128", "--repeats", "5"]
+    options = ["--shapes", "smollm2-135m", "--layers", "fused", "--batch", "1,128", "--repeats", "3"]
     assert main(["bench", "kernels", *options, "--output", str(path)]) == 0
     record = read_record(path)
     assert record["machine"]["gpu"] and record["machine"]["driver"] and record["machine"]["clocks"]
-    assert all(row["correct"] for row in record["results"] if row["contender"] in ("dense", "ours"))
-    assert all(row["speedup"] is None or row["correct"] for row in record["results"])
+    for row in record["results"]:
+        assert row["speedup"] is None or row["correct"]
+        assert (row["time_us"] is None) == (row["reason"] is not None)
+        if row["contender"] in ("dense", "ours"):
+            assert row["correct"] and row["time_us"]["median"] > 0
     assert "of read" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,19 @@ def test_record(path: Path) -> None:
 
 
 def test_readme_quotes_the_record() -> None:
-    """The bold ratios of README's table are those of the record that it links to."""
+    """README's table and its two claims are those of the record that it links to."""
+    spec = importlib.util.spec_from_file_location("readme_table", RESULTS.parent / "readme_table.py")
+    assert spec is not None and spec.loader is not None
+    readme_table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme_table)
     readme = (RESULTS.parents[1] / "README.md").read_text()
     (path,) = [path for path in RECORDS if path.name in readme]
-    rows = [row for row in read_record(path)["results"] if row["contender"] == "ours"]
+    record = read_record(path)
+    assert "\n".join(readme_table.table_lines(record)) in readme
+    rows = [row for row in record["results"] if row["contender"] == "ours" and row["model"] in readme_table.MODELS]
     assert f"{min(row['speedup'] for row in rows if row['batch'] <= 16):.2f}x up to batch 16" in readme
     assert min(row["speedup"] for row in rows) >= 1
-    for row in rows:
-        if row["batch"] in (1, 4, 8, 16, 32, 64):
-            assert f"**{row['speedup']:.2f}x** {row['time_us']['median']:.1f} us" in readme
+    for row in record["results"]:
+        row["speedup"] = None
+    with pytest.raises(SystemExit, match="4096x4096, batch 1: the record holds no checked speed-up"):
+        readme_table.table_lines(record)

@@ -11,7 +11,9 @@ from bench_arguments import parsed
 
 from sparsert.bench import fit, fit_trial
 from sparsert.bench.architectures import hf_config
+from sparsert.bench.cut_off import CutOff
 from sparsert.bench.fit import QUESTIONS, parse_memory, predict_rows, prefill_rows
+from sparsert.bench.peers import start_process
 from sparsert.bench.records import validate_record
 from sparsert.bench.subject import Subject, build_model
 from sparsert.bench.workload import Setting
@@ -118,8 +120,8 @@ def test_limits_are_those_of_the_engine() -> None:
     seen: list[tuple[Any, Any]] = []
     forward = model.forward
 
-    def spy(tokens: Any, positions: Any, attention: Any, **options: Any) -> Any:
-        logits = forward(tokens, positions, attention, **options)
+    def spy(tokens: Any, *arguments: Any, **options: Any) -> Any:
+        logits = forward(tokens, *arguments, **options)
         seen.append((tokens, logits))
         return logits
 
@@ -140,18 +142,18 @@ def test_running_corrects_the_rows() -> None:
 
     rows = predict_rows(EIGHT_B, 24 * GB, TEXTS, [1])
     predicted = rows[0]["batch"]
-    record: dict[str, Any] = {"skipped": [], "results": rows, "notes": [], "settings": {"memory_bytes": 24 * GB}}
+    record: dict[str, Any] = {"skipped": []}
     fit._confirm(record, EIGHT_B, rows, 24 * GB, "cuda:0", 1.0, start)
     assert rows[0]["confirmed"] and rows[0]["batch"] == 7 and rows[0]["predicted"] == predicted
     assert rows[0]["measured_bytes"] == 5 and not rows[1]["confirmed"]
     assert record["skipped"] == [{"peer": "ours", "reason": "2:4: it broke"}]
-    assert any(f"ran; {predicted} predicted" in line for line in fit.table_lines(record))
+    assert f"ran; {predicted} predicted" in fit._row_line(rows[0])
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--arch", "tiny"), "--memory"),
+        (("--arch", "tiny"), "--memory: there is no GPU here whose memory could be taken; give an amount, e.g. 24GB"),
         (("--arch", "tiny", "--memory", "much"), "--memory much"),
         (("--memory", "1GB"), "nothing to measure"),
         (("--arch", "tiny", "--memory", "1GB", "--corners"), "--remove-blocks N"),
@@ -163,13 +165,41 @@ def test_wrong_arguments(words: tuple[str, ...], message: str, capsys: pytest.Ca
     assert message in capsys.readouterr().err
 
 
+def test_the_memory_is_by_default_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * GB, 85 * GB))
+    assert 79 * GB < fit._free_memory(torch.device("cuda:0")) < 80 * GB
+
+
+def test_what_was_predicted_is_kept_when_a_signal_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first corner is in the record, the second one was running."""
+
+    def predict(subject: Subject, *arguments: Any) -> list[dict[str, Any]]:
+        if subject.sparse:
+            raise KeyboardInterrupt
+        return predict_rows(subject, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CutOff) as cut:
+        patch.setattr(fit, "predict_rows", predict)
+        fit.run(parsed(fit, "--arch", "llama-3.1-8b", "--memory", "24GB", "--device", "cpu"))
+    record = cut.value.record
+    validate_record(record)
+    assert {row["corner"] for row in record["results"]} == {"dense"} and "cut off by SIGINT" in record["notes"][-1]
+    assert capsys.readouterr().out.count("predicted, not run") == len(record["results"]) == 3
+
+
 @pytest.mark.gpu
 def test_confirmed_on_a_gpu() -> None:
+    def start(job: dict[str, Any], silence_s: float) -> Any:
+        """The pruned corner only: a process takes its time to start."""
+        return start_process(job, silence_s) if job["subject"]["sparsity"] == "2:4" else (event for event in ())
+
     words = ("--arch", "llama-3.2-1b", "--remove-blocks", "4", "--memory", "4GB", "--device", "cuda")
-    record = fit.run(parsed(fit, *words, "--batch", "1,8"))
-    assert not record["skipped"] and len(record["results"]) == 6
+    record = fit.run(parsed(fit, *words, "--batch", "8"), start=start)
+    assert not record["skipped"] and len(record["results"]) == 4
     for row in record["results"]:
-        assert row["confirmed"] and row["fits"] and row["measured_bytes"] <= 4 * GB
-        ran = row["batch"] if row["question"] == QUESTIONS[0] else row["output_len"]
-        assert ran >= 0.8 * row["predicted"], row
-        assert row["measured_bytes"] >= row["weight_bytes"] + row["batch"] * row["kv_bytes_per_token"]
+        assert row["confirmed"] == (row["corner"] == "2:4 + blocks removed")
+        if row["confirmed"]:
+            assert row["fits"] and row["measured_bytes"] <= 4 * GB
+            ran = row["batch"] if row["question"] == QUESTIONS[0] else row["output_len"]
+            assert ran >= 0.8 * row["predicted"], row
+            assert row["measured_bytes"] >= row["weight_bytes"] + row["batch"] * row["kv_bytes_per_token"]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from misbehaving_layers import die_at_once, misbehave
 from torch import Tensor
 
 from sparsert.bench import contenders, cusparselt, layers
 from sparsert.bench.contenders import CONTENDERS, Bound, Dense, Layer, random_24
 from sparsert.bench.isolation import measure_layers
-from sparsert.bench.layers import LayerTask, Row, empty_rows, measure_layer, relative_error
+from sparsert.bench.layer_task import LayerTask, Row
+from sparsert.bench.layers import measure_layer, relative_error
 from sparsert.bench.shapes import SIZES, linear_shapes
 from sparsert.errors import InputError, SparsertError
 
@@ -122,6 +122,10 @@ def test_relative_error() -> None:
     assert relative_error(torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.float64)) == 1
 
 
+def test_every_contender_can_be_made() -> None:
+    assert contenders.MAKERS.keys() == set(CONTENDERS)
+
+
 def test_random_weights_keep_two_of_four() -> None:
     weight = random_24(64, 128, torch.bfloat16, "cpu")
     kept = (weight != 0).view(-1, 4)
@@ -167,41 +171,11 @@ def test_search_that_finds_nothing_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         cusparselt.search([torch.randn(8, 16)], torch.randn(16, 8), lambda y: bool(y.isfinite().all()), batch=256)
 
 
-# What children run: functions of this module, since a child imports them by name.
-
-
-def _rows(task: LayerTask, batch: int) -> list[Row]:
-    rows = empty_rows(task, batch, None)
-    for row in rows:
-        row["reason"] = task.excluded.get(row["contender"])
-    return rows
-
-
-def _misbehaving(task: LayerTask, tell: Callable[[str], None]) -> Iterator[list[Row]]:
-    """cusparselt crashes from batch 2 on, torch-sparse hangs on layer 2, dense breaks at batch 3 of layer 3."""
-    for batch in task.batches:
-        tell("dense")
-        if task.out_features == 3 and batch == 3:
-            raise ValueError("no baseline")
-        if "cusparselt" not in task.excluded and batch >= 2:
-            tell("cusparselt")
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if "torch-sparse" not in task.excluded and task.out_features == 2:
-            tell("torch-sparse")
-            time.sleep(60)
-        yield _rows(task, batch)
-
-
-def _unable_to_start(task: LayerTask, tell: Callable[[str], None]) -> Iterator[list[Row]]:
-    os._exit(7)
-    yield []
-
-
 def test_a_crash_a_hang_and_an_error_cost_one_contender_each() -> None:
     names = ("dense", "ours", "torch-sparse", "cusparselt")
     tasks = [LayerTask(rows, 4, (1, 2, 3), names, "cpu", "float32") for rows in (1, 2, 3)]
     start = time.monotonic()
-    results = list(measure_layers(tasks, isolated=True, measure=_misbehaving, silence_s=3))
+    results = list(measure_layers(tasks, isolated=True, measure=misbehave, silence_s=3))
     assert time.monotonic() - start < 60
     assert [(index, rows[0]["batch"]) for index, rows in results] == [(i, b) for i in range(3) for b in (1, 2, 3)]
     reasons = {(index, row["batch"], row["contender"]): row["reason"] for index, rows in results for row in rows}
@@ -216,9 +190,10 @@ def test_a_crash_a_hang_and_an_error_cost_one_contender_each() -> None:
 
 def test_a_process_that_cannot_start_is_an_error() -> None:
     with pytest.raises(SparsertError, match=r"the process that measures does not start \(exit code 7\)"):
-        list(measure_layers([CPU_TASK], isolated=True, measure=_unable_to_start))
+        list(measure_layers([CPU_TASK], isolated=True, measure=die_at_once))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a GPU measures is isolated anyway")
 def test_isolated_and_in_place_measure_the_same_rows() -> None:
     isolated = list(measure_layers([CPU_TASK], isolated=True))
     in_place = list(measure_layers([CPU_TASK], isolated=False))
@@ -254,17 +229,3 @@ def test_a_peer_that_breaks_a_capture_costs_only_itself() -> None:
         found = by_contender(rows)
         assert found["dense"]["correct"] and found["ours"]["speedup"] > 0
         assert found["torch-sparse"]["time_us"] is None and "captur" in found["torch-sparse"]["reason"]
-
-
-@pytest.mark.gpu
-def test_every_contender_on_a_gpu() -> None:
-    task = LayerTask(512, 1024, (1, 16, 128), CONTENDERS, "cuda", "bfloat16", repeats=3)
-    for _, rows in measure_layers([task], isolated=True):
-        found = by_contender(rows)
-        for name in ("dense", "ours"):
-            assert found[name]["correct"] is True and found[name]["time_us"]["median"] > 0
-        for name in ("ours-triton", "torch-sparse", "cusparselt"):
-            assert (found[name]["time_us"] is None) == (found[name]["reason"] is not None)
-        if torch.backends.cusparselt.is_available():
-            assert found["cusparselt"]["search"]["tried"] > 0 or found["cusparselt"]["reason"]
-    assert contenders.MAKERS.keys() == set(CONTENDERS)

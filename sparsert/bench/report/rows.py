@@ -35,6 +35,7 @@ _ORDER = (
     "hf",
     "hf-compile",
     "vllm",
+    "gpt-fast",
 )
 
 

@@ -117,7 +117,9 @@ def model_table(rows: Sequence[Row], caption: str) -> str:
         ("weights", _size("weight_bytes"), False),
         ("peak memory", _size("peak_bytes"), False),
         ("KV a token", _size("kv_bytes_per_token"), False),
+        ("runs", lambda row: data(row.get("runs")), False),
         ("load s", _digits("load_s"), False),
+        ("wall s", _digits("wall_s"), False),
     ]
     always = {"contender", "batch", "correct", "speed-up"}
     used = [
