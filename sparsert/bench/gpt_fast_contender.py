@@ -201,22 +201,26 @@ def _model_arguments(subject: Subject, arguments_class: Any) -> dict[str, Any]:
     config, stored = subject.config, subject.hf_config
     if stored.get("model_type") != "llama":
         raise UnsupportedError(f"gpt-fast runs Llama models, and {subject.name} is a {stored.get('model_type')}")
-    if config.head_dim * config.num_heads != config.hidden_size or stored.get("attention_bias"):
+    first = config.blocks[0]
+    if first.attention is None or first.mlp is None or any(block != first for block in config.blocks):
+        raise UnsupportedError(f"gpt-fast runs blocks that are all alike; those of {subject.name} differ")
+    shape, rope = first.attention.shape, first.attention.rope
+    if shape.head_dim * shape.num_heads != config.hidden_size or first.attention.bias:
         raise UnsupportedError(f"gpt-fast runs heads of hidden_size / heads without biases; {subject.name} has others")
     arguments: dict[str, Any] = {
         "block_size": config.max_position_embeddings,
         "vocab_size": config.vocab_size,
         "n_layer": config.num_blocks,
-        "n_head": config.num_heads,
-        "n_local_heads": config.num_kv_heads,
+        "n_head": shape.num_heads,
+        "n_local_heads": shape.num_kv_heads,
         "dim": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "rope_base": config.rope.theta,
-        "norm_eps": config.rms_norm_eps,
+        "intermediate_size": first.mlp.intermediate_size,
+        "rope_base": rope.theta,
+        "norm_eps": config.norm.eps,
     }
-    if config.rope.kind == "llama3":
+    if rope.kind == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        arguments["rope_scaling"] = {name: getattr(config.rope, name) for name in names}
+        arguments["rope_scaling"] = {name: getattr(rope, name) for name in names}
     unknown = set(arguments) - {field.name for field in dataclasses.fields(arguments_class)}
     if unknown:
         raise UnsupportedError(f"this version of gpt-fast does not know {', '.join(sorted(unknown))} of {subject.name}")
