@@ -70,7 +70,7 @@ void linear24_cuda(uintptr_t values, uintptr_t metadata, uintptr_t x, uintptr_t 
 void linear24_step_cuda(uintptr_t values, uintptr_t metadata, uintptr_t x, uintptr_t bias, uintptr_t y, int M, int N,
                         int K, int64_t ldx, int activation, bool gated, uintptr_t squares_in, int squares_parts,
                         float eps, uintptr_t residual, uintptr_t norm_weight, uintptr_t weighted, uintptr_t squares_out,
-                        int dtype, uintptr_t stream) {
+                        bool x_tiled, bool y_tiled, int dtype, uintptr_t stream) {
   sparsert::Linear24Arguments arguments{pointer<void>(values), pointer<uint32_t>(metadata), pointer<void>(x),
                                         pointer<void>(bias),   pointer<void>(y),            M, N, K, ldx,
                                         static_cast<sparsert::DType>(dtype)};
@@ -83,6 +83,8 @@ void linear24_step_cuda(uintptr_t values, uintptr_t metadata, uintptr_t x, uintp
   arguments.norm_weight = pointer<void>(norm_weight);
   arguments.weighted = pointer<void>(weighted);
   arguments.squares_out = pointer<float>(squares_out);
+  arguments.x_tiled = x_tiled;
+  arguments.y_tiled = y_tiled;
   const sparsert::DeviceFacts device = sparsert::current_device_facts();
   check(sparsert::linear24(arguments, sparsert::select_linear24(M, N, K, device, gated), device.capability >= 90,
                            pointer<void>(stream)),
@@ -158,7 +160,7 @@ void decode_attention_cuda(uintptr_t heads, uintptr_t keys, uintptr_t values, ui
                            uintptr_t signed_sine, uintptr_t q_norm, uintptr_t k_norm, uintptr_t out,
                            int64_t heads_stride, int64_t cache_length, int batch, int num_heads, int num_kv_heads,
                            int head_dim, int rotary_dim, int sliding_window, float scale, float softcap, float norm_eps,
-                           bool norm_is_float, bool settled, int window, int warps, int splits, int dtype,
+                           bool norm_is_float, bool out_tiled, bool settled, int window, int warps, int splits, int dtype,
                            uintptr_t stream) {
   const sparsert::DeviceFacts device = sparsert::current_device_facts();
   const int reach = sliding_window > 0 && sliding_window < window ? sliding_window : window;
@@ -170,7 +172,7 @@ void decode_attention_cuda(uintptr_t heads, uintptr_t keys, uintptr_t values, ui
             {pointer<void>(heads), pointer<void>(keys), pointer<void>(values), pointer<long long>(lengths),
              pointer<void>(cosine), pointer<void>(signed_sine), pointer<void>(q_norm), pointer<void>(k_norm),
              pointer<void>(out), heads_stride, cache_length, batch, num_heads, num_kv_heads, head_dim, rotary_dim,
-             sliding_window, scale, softcap, norm_eps, norm_is_float, settled, static_cast<sparsert::DType>(dtype)},
+             sliding_window, scale, softcap, norm_eps, norm_is_float, out_tiled, settled, static_cast<sparsert::DType>(dtype)},
             choice, dependent_launch(), pointer<void>(stream)),
         "decode_attention");
 }
@@ -201,6 +203,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("linear24_cuda", &linear24_cuda);
   module.def("linear24_step_cuda", &linear24_step_cuda);
   module.def("linear24_parts", &linear24_parts);
+  module.def("activation_tiles", &sparsert::activation_tiles);
   module.def("linear24_override", &sparsert::override_linear24);
   module.def("linear24_cuda_with", &linear24_cuda_with);
   module.def("linear24_configs", &linear24_configs);

@@ -10,6 +10,12 @@ enum class DType : int { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
 enum class Activation : int { kNone = -1, kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu2 = 3 };
 
+// Activations of more than a few batch rows can be stored in tiles instead of rows: [K / 32][batch tile][k / 8 % 4]
+// [row % 8][k % 8], with as many batch tiles of 8 rows as activation_tiles() says. A chunk of inputs is then contiguous
+// whatever the batch, one copy instead of one a row, and a 16-byte piece is a row of an ldmatrix. K is a multiple of 64;
+// rows past the batch are never looked at.
+constexpr int activation_tiles(int rows) { return rows <= 8 ? 1 : rows <= 16 ? 2 : rows <= 32 ? 4 : 8; }
+
 struct Linear24Arguments {
   const void* values;        // [row tile][block][lane][8], 16-bit
   const uint32_t* metadata;  // see layout.cuh
@@ -23,6 +29,9 @@ struct Linear24Arguments {
   // y is [M, N / 2] = activation(gate) * factor, and N is a multiple of 32.
   Activation activation = Activation::kNone;
   bool gated = false;
+  bool x_tiled = false;  // x is in tiles; ldx is not looked at
+  // y is written in tiles, or weighted if there is a residual; N (N / 2 if gated) is a multiple of 64.
+  bool y_tiled = false;
   // The division of an RMSNorm that the layer before left to this one: x is the stream times the norm's weight, and the
   // result of each batch row is scaled by 1 / sqrt(sum of its parts / K + eps), before the bias.
   const float* squares_in = nullptr;  // [M, squares_parts]
@@ -117,6 +126,7 @@ struct DecodeAttentionArguments {
   float scale, softcap;      // softcap 0: none
   float norm_eps;
   bool norm_is_float;        // q_norm and k_norm are float instead of dtype
+  bool out_tiled;            // out as activation_tiles() has it, with num_heads * head_dim values a row
   bool settled;              // lengths and earlier positions were written before the preceding kernel began
   DType dtype;               // bf16 or fp16, of everything else
 };

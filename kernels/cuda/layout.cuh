@@ -23,4 +23,9 @@ __host__ __device__ inline int64_t metadata_word(int units, int unit, int lane) 
   return int64_t(unit) * 32 + lane;
 }
 
+// Element of activations in tiles (api.h); `k` is a multiple of 4, and four values from it lie together.
+__host__ __device__ inline int64_t tiled_element(int tiles, int row, int k) {
+  return ((int64_t(k / kBlock) * tiles + row / 8) * 32 + k % kBlock / 8 * 8 + row % 8) * 8 + k % 8;
+}
+
 }  // namespace sparsert

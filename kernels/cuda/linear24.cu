@@ -64,6 +64,7 @@ struct KernelArguments {
   float eps;
   Activation activation;
   bool gated;
+  bool x_tiled, y_tiled;
   bool x_bulk;  // the copy engine may fetch x: 16-byte aligned, and no input past K to be zeroed
 };
 
@@ -109,6 +110,11 @@ __device__ __forceinline__ void add(float4& to, const float4& v) {
 __device__ __forceinline__ void convert(__nv_bfloat16& to, float v) { to = __float2bfloat16_rn(v); }
 __device__ __forceinline__ void convert(__half& to, float v) { to = __float2half_rn(v); }
 
+template <typename T>
+struct alignas(8) Quad {
+  T v[4];
+};
+
 // The bias of outputs `first`..`first`+3; those past N do not exist.
 template <typename T>
 __device__ __forceinline__ void add_bias(float4& to, const T* bias, int first, int N) {
@@ -123,13 +129,11 @@ __device__ __forceinline__ void add_bias(float4& to, const T* bias, int first, i
 template <typename T>
 __device__ __forceinline__ void store_quad(T* row, int first, int N, const float4& total) {
   const float v[4] = {total.x, total.y, total.z, total.w};
-  struct alignas(8) Quad {
-    T v[4];
-  } quad;
+  Quad<T> quad;
 #pragma unroll
   for (int i = 0; i < 4; ++i) convert(quad.v[i], v[i]);
   if (N % 4 == 0) {  // rows of y are 8-byte aligned
-    if (first < N) *reinterpret_cast<Quad*>(row + first) = quad;
+    if (first < N) *reinterpret_cast<Quad<T>*>(row + first) = quad;
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -147,16 +151,13 @@ __device__ __forceinline__ void scale(float4& v, float by) {
 // The end of a sub-block for four outputs of one batch row: add to the residual stream, weight for the next norm. Both
 // are rounded; returned is the sum of squares of the stream as it is stored. N is a multiple of 4.
 template <typename T>
-__device__ __forceinline__ float close_block(const KernelArguments& p, int row, int first, const float4& total) {
+__device__ __forceinline__ float close_block(const KernelArguments& p, int tiles, int row, int first,
+                                             const float4& total, const Quad<T>& residual) {
   if (first >= p.N) return 0;
-  struct alignas(8) Quad {
-    T v[4];
-  };
   const int64_t at = int64_t(row) * p.N + first;
-  const Quad residual = *reinterpret_cast<const Quad*>(static_cast<const T*>(p.residual) + at);
-  const Quad weight = *reinterpret_cast<const Quad*>(static_cast<const T*>(p.norm_weight) + first);
+  const Quad<T> weight = *reinterpret_cast<const Quad<T>*>(static_cast<const T*>(p.norm_weight) + first);
   const float v[4] = {total.x, total.y, total.z, total.w};
-  Quad stream, weighted;
+  Quad<T> stream, weighted;
   float squares = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -165,9 +166,19 @@ __device__ __forceinline__ float close_block(const KernelArguments& p, int row, 
     convert(weighted.v[i], stored * float(weight.v[i]));
     squares += stored * stored;
   }
-  *reinterpret_cast<Quad*>(static_cast<T*>(p.y) + at) = stream;
-  *reinterpret_cast<Quad*>(static_cast<T*>(p.weighted) + at) = weighted;
+  *reinterpret_cast<Quad<T>*>(static_cast<T*>(p.y) + at) = stream;
+  const int64_t weighted_at = p.y_tiled ? tiled_element(tiles, row, first) : at;
+  *reinterpret_cast<Quad<T>*>(static_cast<T*>(p.weighted) + weighted_at) = weighted;
   return squares;
+}
+
+// Four values of the residual stream; those past N are not read.
+template <typename T>
+__device__ __forceinline__ Quad<T> load_residual(const KernelArguments& p, int row, int first) {
+  Quad<T> quad = {};
+  if (first < p.N)
+    quad = *reinterpret_cast<const Quad<T>*>(static_cast<const T*>(p.residual) + int64_t(row) * p.N + first);
+  return quad;
 }
 
 // Shared memory that a block may have on the GPU being compiled for.
@@ -257,6 +268,16 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
     if (p.x_bulk) {
       const int units = units_at(step), slot = step % XStages;
       if (warp_n != 0 || units == 0) return;
+      if (p.x_tiled) {  // contiguous, the whole chunk at once
+        if (lane == 0) {
+          constexpr int kUnitBytes = BatchTiles * 8 * kUnit * 2;
+          const int64_t chunk = chunk_begin + step * WarpsK + warp_k;
+          ptx::barrier_expect(x_barriers + slot * 8, units * kUnitBytes);
+          ptx::copy_bulk(activations + slot * S::kActivationStageBytes + warp_k * S::kGroupActivationBytes,
+                         p.x + chunk * kUnitsPerChunk * kUnitBytes, units * kUnitBytes, x_barriers + slot * 8);
+        }
+        return;
+      }
       if (lane == 0) ptx::barrier_expect(x_barriers + slot * 8, p.M * units * kUnit * 2);
       __syncwarp();
       const uint32_t to = activations + slot * S::kActivationStageBytes + warp_k * S::kGroupActivationBytes;
@@ -323,6 +344,15 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
     ptx::copy_async_commit();
   }
 
+  // what this thread will add first, so that the end need not wait for it
+  Quad<T> early_residual = {};
+  if (p.residual != nullptr) {
+    constexpr int kRowQuads = S::kRows / 4;
+    const int i = split * S::kThreads + thread;
+    if (i < kRowQuads * p.M)
+      early_residual = load_residual<T>(p, i / kRowQuads, row_group * S::kRows + i % kRowQuads * 4);
+  }
+
   // 1 / rms of each batch row, while its values are under way: the norm's division, left to this layer
   float* const scales = reinterpret_cast<float*>(shared + S::kMainBytes + S::kBarrierBytes);
   if (p.squares_in != nullptr) {
@@ -337,8 +367,11 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
 
   float sum[RowTiles][BatchTiles][4] = {};
   // Lane l of an ldmatrix.x4 gives the address of row l % 8 of matrix l / 8: batch row, 8 inputs further per matrix.
-  const uint32_t my_activations =
-      activations + warp_k * S::kGroupActivationBytes + (lane % 8) * kActivationRowBytes + lane / 8 * 16;
+  // In tiles the 32 addresses of a matrix-x4 are one after another.
+  const uint32_t my_activations = activations + warp_k * S::kGroupActivationBytes +
+                                  (p.x_tiled ? lane * 16 : (lane % 8) * kActivationRowBytes + lane / 8 * 16);
+  const int tile_stride = p.x_tiled ? 512 : 8 * kActivationRowBytes;
+  const int block_stride = p.x_tiled ? BatchTiles * 512 : kBlock * 2;
 
   for (int step = 0; step < steps; ++step) {
     const int slot = step % Stages, x_slot = step % XStages;
@@ -363,7 +396,7 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
       for (int r = 0; r < RowTiles; ++r) to.a[r] = ptx::load_shared_16(weights + r * kTileBytes + b * 512 + lane * 16);
 #pragma unroll
       for (int n = 0; n < BatchTiles; ++n)
-        ptx::load_matrix_x4(to.x[n], batch + n * 8 * kActivationRowBytes + b * kBlock * 2);
+        ptx::load_matrix_x4(to.x[n], batch + n * tile_stride + b * block_stride);
     };
     auto multiply = [&](const Operands<RowTiles, BatchTiles>& from, const uint32_t (&words)[RowTiles], auto selector) {
 #pragma unroll
@@ -444,7 +477,8 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
         if (p.squares_in != nullptr) scale(total, scales[column]);
         add_bias(total, bias, output, p.N);
         if (p.residual != nullptr) {
-          squares[column * kQuads + i % kQuads] = close_block<T>(p, column, output, total);
+          const Quad<T> residual = i == first ? early_residual : load_residual<T>(p, column, output);
+          squares[column * kQuads + i % kQuads] = close_block<T>(p, BatchTiles, column, output, total, residual);
           continue;
         }
         if (p.activation != Activation::kNone) {
@@ -453,7 +487,10 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
           total.z = activation(p.activation, total.z);
           total.w = activation(p.activation, total.w);
         }
-        store_quad(y + int64_t(column) * p.N, output, p.N, total);
+        if (p.y_tiled)
+          store_quad(y + tiled_element(BatchTiles, column, output) - output, output, p.N, total);
+        else
+          store_quad(y + int64_t(column) * p.N, output, p.N, total);
       }
     } else if constexpr (S::kRows % (2 * kRowTile) == 0) {  // the host picks no other tile
       constexpr int kPairQuads = kQuads / 2;
@@ -471,7 +508,11 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
         total.y *= activation(p.activation, gate.y);
         total.z *= activation(p.activation, gate.z);
         total.w *= activation(p.activation, gate.w);
-        store_quad(y + int64_t(column) * (p.N / 2), (row_group * S::kRows) / 2 + quad * 4, p.N / 2, total);
+        const int at = row_group * S::kRows / 2 + quad * 4;
+        if (p.y_tiled)
+          store_quad(y + tiled_element(BatchTiles, column, at) - at, at, p.N / 2, total);
+        else
+          store_quad(y + int64_t(column) * (p.N / 2), at, p.N / 2, total);
       }
     }
   };
@@ -609,10 +650,6 @@ constexpr Config kConfigs[] = {
     make_config<1, 4, 1, 3, 3, false, false, false, true>("64 outputs, 4 warps, 3 stages"),
     make_config<2, 4, 1, 3, 3, false, false, false, true>("128 outputs, 4 warps, 3 stages"),
     make_config<1, 2, 4, 4, 2, true, true, false, false>("32 outputs, 2x4 warps, 4 stages"),
-    make_config<1, 2, 2, 4, 2, true, true, false, false>("32 outputs, 2x2 warps, 4 stages"),
-    make_config<2, 2, 2, 3, 2, true, true, false, false>("64 outputs, 2x2 warps, 3+2 stages"),
-    make_config<1, 4, 2, 4, 2, true, true, false, false>("64 outputs, 4x2 warps, 4 stages"),
-    make_config<2, 4, 1, 4, 2, true, true, false, false>("128 outputs, 4 warps, 4 stages"),
     make_config<1, 4, 2, 2, 2, true, true, false, false>("64 outputs, 4x2 warps, 2 stages"),
 };
 
@@ -635,6 +672,10 @@ int linear24(const Linear24Arguments& a, Linear24Choice choice, bool dependent_l
   if (a.gated && (a.N % (2 * kRowTile) != 0 || linear24_config_outputs(choice.config) % (2 * kRowTile) != 0))
     return cudaErrorInvalidValue;
   if (a.residual != nullptr && (a.N % 8 != 0 || a.gated || a.activation != Activation::kNone))
+    return cudaErrorInvalidValue;
+  const int width = a.gated ? a.N / 2 : a.N;
+  if ((a.x_tiled && (a.K % kUnit != 0 || reinterpret_cast<uintptr_t>(a.x) % 16 != 0)) ||
+      (a.y_tiled && width % kUnit != 0))
     return cudaErrorInvalidValue;
   const auto x_address = reinterpret_cast<uintptr_t>(a.x);
   if (x_address % 8 != 0 || a.ldx % 4 != 0) return cudaErrorMisalignedAddress;
@@ -664,7 +705,9 @@ int linear24(const Linear24Arguments& a, Linear24Choice choice, bool dependent_l
   arguments.x_wide = x_address % 16 == 0 && a.ldx % 8 == 0 && a.K % 8 == 0;
   // Above 16 rows the copy engine's one request a row takes longer than 32 lanes with 16 bytes each (H100: 4096x4096
   // at batch 64 16.9 us against 15.9, 28672x4096 66 against 53).
-  arguments.x_bulk = arguments.x_wide && a.K % kUnit == 0 && a.M <= 16;
+  arguments.x_bulk = a.x_tiled || (arguments.x_wide && a.K % kUnit == 0 && a.M <= 16);
+  arguments.x_tiled = a.x_tiled;
+  arguments.y_tiled = a.y_tiled;
   const int batch = a.M <= 8 ? 0 : a.M <= 16 ? 1 : a.M <= 32 ? 2 : 3;
   const Launcher launcher = kConfigs[choice.config].launchers[static_cast<int>(a.dtype)][batch];
   if (launcher == nullptr) return cudaErrorInvalidConfiguration;

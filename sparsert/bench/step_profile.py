@@ -165,7 +165,7 @@ class _RangedAttention:
     def __init__(self, attention: DecodeAttention) -> None:
         self._attention = attention
 
-    def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor:
+    def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor | ops.Tiled:
         with _range(ATTENTION):
             return self._attention(slot, heads, layer)
 

@@ -11,6 +11,7 @@ for the longest row is held for every row.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from sparsert import ops
 from sparsert.errors import InputError
 from sparsert.models.decoder import SelfAttention, causal_attention
+from sparsert.models.linears import takes_tiles
 from sparsert.ops import AttentionShape
 
 
@@ -116,11 +118,14 @@ class DecodeAttention:
         self._lengths = lengths
         self._window = window
 
-    def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor:
+    def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor | ops.Tiled:
         """See :class:`sparsert.models.decoder.Attention`."""
         rotary = layer.rotary
         attended = ops.decode_attention(
             heads.squeeze(1), self._cache.keys[slot], self._cache.values[slot], self._lengths, rotary.cosine,
             rotary.signed_sine, layer.shape, self._window, layer.q_norm, layer.k_norm, settled=True,
+            tiled=takes_tiles(layer.o_proj, heads.flatten(-2)),
         )  # fmt: skip
+        if isinstance(attended, ops.Tiled):  # with a dimension of one token, as everywhere in the model
+            return dataclasses.replace(attended, shape=torch.Size((attended.shape[0], 1, attended.shape[1])))
         return attended.unsqueeze(1)

@@ -28,7 +28,7 @@ _QUERY_CHUNK = 512
 class Attention(Protocol):
     """How the new tokens of one layer see each other and earlier ones; it knows their positions."""
 
-    def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor:
+    def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor | ops.Tiled:
         """Norm and rotate heads, keep keys and values if there is a cache, and attend.
 
         Args:
@@ -37,7 +37,7 @@ class Attention(Protocol):
             layer: whose ``shape``, ``q_norm``, ``k_norm`` and ``rotary`` apply.
 
         Returns:
-            ``[batch, tokens, num_heads, head_dim]``.
+            ``[batch, tokens, num_heads, head_dim]``; or, if ``layer.o_proj`` takes tiles, these with heads joined.
         """
         ...
 
@@ -149,7 +149,8 @@ class SelfAttention(nn.Module):
         tables = self.rotary.first(heads.shape[1]) if positions is None else self.rotary(positions)
         return ops.split_heads(heads, tables[0], tables[1], self.shape, self.q_norm, self.k_norm)
 
-    def forward(self, x: Tensor | ops.DeferredNorm, attention: Attention, slot: int) -> Tensor:
+    def forward(self, x: Tensor | ops.DeferredNorm, attention: Attention, slot: int) -> Tensor | ops.Tiled:
         """``[batch, tokens, hidden]`` -> ``[batch, tokens, num_heads * head_dim]``, the input of ``o_proj``."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.shape.head_dim))
-        return attention(slot, heads, self).flatten(-2)
+        attended = attention(slot, heads, self)
+        return attended if isinstance(attended, ops.Tiled) else attended.flatten(-2)

@@ -27,7 +27,7 @@ from sparsert import ops
 from sparsert.errors import InputError
 from sparsert.models.attention import Attention, CausalAttention, SelfAttention, causal_attention
 from sparsert.models.config import DecoderConfig, LinearShape, MLPConfig, NormConfig, RopeConfig
-from sparsert.models.linears import LinearGroup, meta_linear
+from sparsert.models.linears import LinearGroup, meta_linear, takes_tiles
 from sparsert.models.report import LoadReport
 from sparsert.models.rope import RotaryEmbedding
 from sparsert.nn import SparseLinear
@@ -79,6 +79,7 @@ class Norm(nn.Module):
             return ops.linear24_close(
                 x, layer.packed(), layer.bias, stream, self.weight, self.eps, backend=layer.backend
             )
+        x = ops.to_rows(x)
         if layer is not None:
             x = layer(x)
         post_weight = post_norm.weight if post_norm is not None else None
@@ -91,13 +92,13 @@ class Pending(NamedTuple):
     """What is still to be added to the residual stream.
 
     Attributes:
-        x: ``[batch, tokens, width]``: input of the last layer's output projection.
+        x: ``[batch, tokens, width]``, perhaps in tiles: input of the last layer's output projection.
         stream: the residual stream, ``[batch, tokens, hidden]``; None at the start, where x is the stream.
         layer: the output projection, still to be applied; None at the start.
         post_norm: norms what is added, or None.
     """
 
-    x: Tensor
+    x: Tensor | ops.Tiled
     stream: Tensor | None = None
     layer: nn.Module | None = None
     post_norm: Norm | None = None
@@ -118,9 +119,11 @@ class MLP(nn.Module):
         self.gate_up_proj = LinearGroup({name: linears[f"mlp.{name}"] for name in inner})
         self.down_proj: nn.Module = meta_linear(linears["mlp.down_proj"])
 
-    def forward(self, x: Tensor | ops.DeferredNorm) -> Tensor:
-        """``[..., hidden]`` -> ``[..., intermediate]``, the input of ``down_proj``."""
-        return self.gate_up_proj.activated(x, self.activation, gated=self.gated)
+    def forward(self, x: Tensor | ops.DeferredNorm) -> Tensor | ops.Tiled:
+        """``[..., hidden]`` -> ``[..., intermediate]``, the input of ``down_proj``, in tiles if it takes them."""
+        like = x.weighted if isinstance(x, ops.DeferredNorm) else x
+        tiled = takes_tiles(self.down_proj, like)
+        return self.gate_up_proj.activated(x, self.activation, gated=self.gated, tiled=tiled)
 
 
 class DecoderBlock(nn.Module):
@@ -295,7 +298,7 @@ class DecoderModel(nn.Module):
         if rows is not None:
             stream = pending.stream
             pending = pending._replace(
-                x=_pick(pending.x, rows), stream=_pick(stream, rows) if stream is not None else None
+                x=_pick(ops.to_rows(pending.x), rows), stream=_pick(stream, rows) if stream is not None else None
             )
         logits: Tensor = self.lm_head(self.norm(pending)[1])
         cap = self.config.logit_softcap

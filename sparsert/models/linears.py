@@ -58,23 +58,28 @@ class LinearGroup(nn.Module):
         if isinstance(x, ops.DeferredNorm):
             if isinstance(self.joined, SparseLinear):
                 layer = self.joined
-                return ops.linear24_open(x, layer.packed(), layer.bias, backend=layer.backend)
+                return ops.to_rows(ops.linear24_open(x, layer.packed(), layer.bias, backend=layer.backend))
             x = x.resolve()
         if self.joined is not None:
             output: Tensor = self.joined(x)
             return output
         return torch.cat([part(x) for part in self.parts.values()], dim=-1)
 
-    def activated(self, x: Tensor | ops.DeferredNorm, activation: str, *, gated: bool) -> Tensor:
-        """``activation(first part) * second part`` of two parts if ``gated``, else ``activation(outputs)``."""
+    def activated(
+        self, x: Tensor | ops.DeferredNorm, activation: str, *, gated: bool, tiled: bool = False
+    ) -> Tensor | ops.Tiled:
+        """``activation(first part) * second part`` of two parts if ``gated``, else ``activation(outputs)``.
+
+        If ``tiled``, the result may be in tiles.
+        """
         layer = self.joined
         if isinstance(layer, SparseLinear) and self.interleaved == gated:
             return ops.linear24_open(
-                x, layer.packed(), layer.bias, activation=activation, gated=gated, backend=layer.backend
+                x, layer.packed(), layer.bias, activation=activation, gated=gated, tiled=tiled, backend=layer.backend
             )
         return ops.activate(self(x), activation, gated=gated, interleaved=self.interleaved)
 
-    def takes_deferred(self, like: Tensor) -> bool:
+    def takes_deferred(self, like: Tensor | ops.Tiled) -> bool:
         """Whether a norm in front of it may put off its division, for as many rows as ``like`` has."""
         return isinstance(self.joined, SparseLinear) and ops.fuses24(like, self.joined.backend)
 
@@ -116,3 +121,8 @@ def _concatenate(*parts: Packed24) -> Packed24:
 def _concatenated_bias(parts: Sequence[SparseLinear | nn.Linear]) -> Tensor | None:
     biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
     return torch.cat(biases) if biases else None
+
+
+def takes_tiles(layer: nn.Module, like: Tensor | ops.Tiled) -> bool:
+    """Whether a layer takes activations in tiles, for as many rows as ``like`` has."""
+    return isinstance(layer, SparseLinear) and ops.fuses24(like, layer.backend)

@@ -6,6 +6,7 @@ from sparsert.ops.choice import BACKENDS, CAPABILITIES, Capability, Choice
 from sparsert.ops.linear24 import explain, fuses24, linear24, linear24_close, linear24_open
 from sparsert.ops.norm import DeferredNorm, residual_norm
 from sparsert.ops.pack import pack, unpack
+from sparsert.ops.tiles import Tiled, to_rows
 
 __all__ = [
     "ACTIVATIONS",
@@ -15,6 +16,7 @@ __all__ = [
     "Capability",
     "Choice",
     "DeferredNorm",
+    "Tiled",
     "activate",
     "decode_attention",
     "explain",
@@ -27,5 +29,6 @@ __all__ = [
     "residual_norm",
     "rotate",
     "split_heads",
+    "to_rows",
     "unpack",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor
 from sparsert.ops import native
 from sparsert.ops.norm import residual_norm
 from sparsert.ops.pack import dtype_code
+from sparsert.ops.tiles import Tiled, empty_tiles, worth_tiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,8 @@ def decode_attention(
     k_norm: Tensor | None = None,
     *,
     settled: bool = False,
-) -> Tensor:
+    tiled: bool = False,
+) -> Tensor | Tiled:
     """One decode step of one layer: norm and rotate, append to the cache, attend.
 
     Args:
@@ -110,9 +112,10 @@ def decode_attention(
         settled: promise that ``lengths`` and the cache were last written at least two kernels ago on this stream
             (in a decoder a norm and a projection stand in between). The kernel then reads them while the preceding
             one still runs.
+        tiled: the result may be in tiles, ``(batch, num_heads * head_dim)``, where that is worth it.
 
     Returns:
-        ``[batch, num_heads, head_dim]``, dtype of heads.
+        ``[batch, num_heads, head_dim]``, dtype of heads; or that in tiles.
     """
     if (
         native.fuses(heads)
@@ -120,7 +123,7 @@ def decode_attention(
         and keys.is_contiguous()
         and values.is_contiguous()
     ):
-        return _cuda(heads, keys, values, lengths, cosine, signed_sine, shape, window, q_norm, k_norm, settled)
+        return _cuda(heads, keys, values, lengths, cosine, signed_sine, shape, window, q_norm, k_norm, settled, tiled)
     batch, kv_heads, head_dim = heads.shape[0], shape.num_kv_heads, shape.head_dim
     q, k, v = split_heads(heads, cosine[lengths].unsqueeze(1), signed_sine[lengths].unsqueeze(1), shape, q_norm, k_norm)
     # one row of the cache for each text and head; no shape depends on a length, so this can be captured
@@ -176,12 +179,15 @@ def _cuda(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     settled: bool,
+    tiled: bool = False,
     warps: int = 0,
     splits: int = 0,
-) -> Tensor:
+) -> Tensor | Tiled:
     if heads.stride(-1) != 1 or heads.stride(-2) != shape.head_dim:
         heads = heads.contiguous()
-    out = heads.new_empty((heads.shape[0], shape.num_heads, shape.head_dim))
+    batch, width = heads.shape[0], shape.num_heads * shape.head_dim
+    tiles = empty_tiles(torch.Size((batch, width)), heads) if tiled and worth_tiling(batch, width) else None
+    out = heads.new_empty((batch, shape.num_heads, shape.head_dim)) if tiles is None else tiles.data
     norm_is_float = any(norm is not None and norm.dtype == torch.float32 for norm in (q_norm, k_norm))
     extension: Any = native.module()
     with torch.cuda.device(heads.device):
@@ -189,7 +195,7 @@ def _cuda(
             heads.data_ptr(), keys.data_ptr(), values.data_ptr(), lengths.data_ptr(), cosine.data_ptr(),
             signed_sine.data_ptr(), native.address(q_norm), native.address(k_norm), out.data_ptr(), heads.stride(0),
             keys.shape[2], heads.shape[0], shape.num_heads, shape.num_kv_heads, shape.head_dim, cosine.shape[-1],
-            shape.sliding_window or 0, shape.scale, shape.softcap or 0.0, shape.norm_eps, norm_is_float, settled,
-            window, warps, splits, dtype_code(heads.dtype), native.stream(heads.device),
+            shape.sliding_window or 0, shape.scale, shape.softcap or 0.0, shape.norm_eps, norm_is_float,
+            tiles is not None, settled, window, warps, splits, dtype_code(heads.dtype), native.stream(heads.device),
         )  # fmt: skip
-    return out
+    return out if tiles is None else tiles

@@ -22,6 +22,7 @@ from sparsert.ops.activation import ACTIVATIONS, activate
 from sparsert.ops.choice import Choice, choose
 from sparsert.ops.norm import DeferredNorm, residual_norm
 from sparsert.ops.pack import choose_packer, dtype_code, unpack_into
+from sparsert.ops.tiles import Tiled, empty_tiles, to_rows, worth_tiling
 
 _library = torch.library.Library("sparsert", "DEF")
 _library.define(
@@ -191,26 +192,28 @@ def linear24(x: Tensor, packed: Packed24, bias: Tensor | None = None, *, backend
 
 
 def linear24_open(
-    x: Tensor | DeferredNorm,
+    x: Tensor | Tiled | DeferredNorm,
     packed: Packed24,
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
     gated: bool = False,
+    tiled: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | Tiled:
     """A packed linear layer at the start of a sub-block: perhaps a norm's division before it, an activation behind it.
 
     On a GPU it is one kernel up to batch 64. Inference only: where a gradient is wanted, or another kernel runs the
     layer, the parts run one after the other.
 
     Args:
-        x: ``[..., in_features]``, as for :func:`linear24`, or a norm's deferred result.
+        x: ``[..., in_features]``, as for :func:`linear24`, in tiles, or a norm's deferred result.
         packed: the weight. If ``gated``, gate and up with their row tiles in turn: 16 outputs of the gate, the
             same 16 of up, and so on (:func:`sparsert.formats.interleave_outputs`); ``out_features`` is both together.
         bias: ``[out_features]`` in the weight's order, or None.
         activation: one of :data:`sparsert.ops.ACTIVATIONS`, or None.
         gated: return ``activation(gate) * up``.
+        tiled: the result may be in tiles, where that is worth it.
 
     Returns:
         ``[..., out_features]``, or half as many values if ``gated``; dtype of x.
@@ -223,20 +226,20 @@ def linear24_open(
     if gated and activation is None:
         raise InputError(f"a gate needs an activation; choose of {', '.join(ACTIVATIONS)}")
     norm = x if isinstance(x, DeferredNorm) else None
-    x = norm.weighted if norm is not None else x
-    assert isinstance(x, Tensor)
-    if not fuses24(x, backend):
-        y = linear24(x if norm is None else norm.resolve(), packed, bias, backend=backend)
+    given = norm.weighted if norm is not None else x
+    assert not isinstance(given, DeferredNorm)
+    if not fuses24(given, backend):
+        y = linear24(to_rows(given) if norm is None else norm.resolve(), packed, bias, backend=backend)
         return y if activation is None else activate(y, activation, gated=gated, interleaved=True)
-    rows = x.numel() // packed.in_features
-    y = torch.empty((rows, packed.out_features // (2 if gated else 1)), dtype=x.dtype, device=x.device)
+    shape = torch.Size((*given.shape[:-1], packed.out_features // (2 if gated else 1)))
     kind = -1 if activation is None else ACTIVATIONS.index(activation)
-    _step(x, packed, bias, y, kind=kind, gated=gated, norm=norm)
-    return y.view((*x.shape[:-1], y.shape[-1]))
+    result = _room(shape, given, tiled)
+    _step(given, packed, bias, result, kind=kind, gated=gated, norm=norm)
+    return result
 
 
 def linear24_close(
-    x: Tensor,
+    x: Tensor | Tiled,
     packed: Packed24,
     bias: Tensor | None,
     stream: Tensor,
@@ -251,7 +254,7 @@ def linear24_close(
     layer. In float16 the undivided stream could overflow, so there and elsewhere the parts run one after the other.
 
     Args:
-        x: ``[..., in_features]``, as for :func:`linear24`.
+        x: ``[..., in_features]``, as for :func:`linear24`, or in tiles.
         packed, bias: the layer.
         stream: ``[..., out_features]``: the residual stream.
         weight: ``[out_features]`` of the norm.
@@ -263,59 +266,76 @@ def linear24_close(
     Raises:
         InputError, UnsupportedError: as for :func:`linear24`.
     """
+    data = _data(x)
     if (
         not fuses24(x, backend)
-        or x.dtype != torch.bfloat16
-        or weight.dtype != x.dtype
+        or data.dtype != torch.bfloat16
+        or weight.dtype != data.dtype
         or packed.out_features % 8
         or not stream.is_contiguous()
     ):
-        return residual_norm(linear24(x, packed, bias, backend=backend), stream, weight, eps)
-    rows = x.numel() // packed.in_features
+        return residual_norm(linear24(to_rows(x), packed, bias, backend=backend), stream, weight, eps)
+    rows = x.shape[:-1].numel()
     extension: Any = native.module()
-    with torch.cuda.device(x.device):
+    with torch.cuda.device(data.device):
         parts = extension.linear24_parts(rows, packed.out_features, packed.in_features)
-    y, weighted = torch.empty_like(stream), torch.empty_like(stream)
-    squares = torch.empty((rows, parts), dtype=torch.float32, device=x.device)
-    _step(x, packed, bias, y, residual=stream, norm_weight=weight, weighted=weighted, squares=squares)
-    return y, DeferredNorm(weighted, squares, eps)
+    new_stream, weighted = torch.empty_like(stream), _room(stream.shape, stream, True)
+    squares = torch.empty((rows, parts), dtype=torch.float32, device=data.device)
+    _step(x, packed, bias, new_stream, residual=stream, norm_weight=weight, weighted=weighted, squares=squares)
+    return new_stream, DeferredNorm(weighted, squares, eps)
 
 
-def fuses24(x: Tensor, backend: str = "auto") -> bool:
+def fuses24(x: Tensor | Tiled, backend: str = "auto") -> bool:
     """Whether one CUDA kernel runs a packed layer together with what stands before and behind it.
 
     Args:
         x: ``[..., width]``: as many rows, of such a dtype, on such a device.
         backend: of the layer.
     """
-    rows = x.numel() // max(1, x.shape[-1])
-    return rows > 0 and native.fuses(x) and choose(x.device, x.dtype, rows, backend).kernel == "mma_sp"
+    data, rows = _data(x), x.shape[:-1].numel()
+    return rows > 0 and native.fuses(data) and choose(data.device, data.dtype, rows, backend).kernel == "mma_sp"
+
+
+def _data(x: Tensor | Tiled) -> Tensor:
+    return x.data if isinstance(x, Tiled) else x
+
+
+def _room(shape: torch.Size, like: Tensor | Tiled, tiled: bool) -> Tensor | Tiled:
+    """Room for a result, in tiles if that is allowed and worth it."""
+    if tiled and worth_tiling(shape[:-1].numel(), shape[-1]):
+        return empty_tiles(shape, _data(like))
+    return _data(like).new_empty(shape)
 
 
 def _step(
-    x: Tensor,
+    x: Tensor | Tiled,
     packed: Packed24,
     bias: Tensor | None,
-    y: Tensor,
+    y: Tensor | Tiled,
     *,
     kind: int = -1,
     gated: bool = False,
     norm: DeferredNorm | None = None,
     residual: Tensor | None = None,
     norm_weight: Tensor | None = None,
-    weighted: Tensor | None = None,
+    weighted: Tensor | Tiled | None = None,
     squares: Tensor | None = None,
 ) -> None:
-    check_linear24(x, packed, bias)
-    flat = _aligned(x.reshape(-1, packed.in_features))
+    """Launch the kernel; tensors are checked against the weight, the rest is the callers'."""
+    data, rows = _data(x), x.shape[:-1].numel()
+    check_linear24(data.new_empty((0, x.shape[-1])) if isinstance(x, Tiled) else data, packed, bias)
+    flat = data if isinstance(x, Tiled) else _aligned(data.reshape(-1, packed.in_features))
+    result = y if weighted is None else weighted
     extension: Any = native.module()
-    with torch.cuda.device(x.device):
+    with torch.cuda.device(data.device):
         extension.linear24_step_cuda(
-            packed.values.data_ptr(), packed.metadata.data_ptr(), flat.data_ptr(), native.address(bias), y.data_ptr(),
-            flat.shape[0], packed.out_features, packed.in_features, flat.stride(0), kind, gated,
+            packed.values.data_ptr(), packed.metadata.data_ptr(), flat.data_ptr(), native.address(bias),
+            _data(y).data_ptr(), rows, packed.out_features, packed.in_features, packed.in_features
+            if isinstance(x, Tiled) else flat.stride(0), kind, gated,
             0 if norm is None else norm.squares.data_ptr(), 0 if norm is None else norm.squares.shape[-1],
             0.0 if norm is None else norm.eps, native.address(residual), native.address(norm_weight),
-            native.address(weighted), native.address(squares), dtype_code(x.dtype), native.stream(x.device),
+            0 if weighted is None else _data(weighted).data_ptr(), native.address(squares), isinstance(x, Tiled),
+            isinstance(result, Tiled), dtype_code(data.dtype), native.stream(data.device),
         )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsert.ops import native
 from sparsert.ops.pack import dtype_code
+from sparsert.ops.tiles import Tiled, to_rows
 
 #: The kernel reads 16 bytes at a time.
 _VECTOR = 8
@@ -30,19 +31,20 @@ class DeferredNorm:
     :func:`sparsert.ops.linear24_open`.
 
     Attributes:
-        weighted: ``[..., width]``: the stream times the norm's weight, rounded.
+        weighted: ``[..., width]``, perhaps in tiles: the stream times the norm's weight, rounded.
         squares: float32 ``[rows, parts]``: sums of squares of parts of the stream.
         eps: of the norm.
     """
 
-    weighted: Tensor
+    weighted: Tensor | Tiled
     squares: Tensor
     eps: float
 
     def resolve(self) -> Tensor:
         """The normed tensor, ``[..., width]``."""
-        scale = torch.rsqrt(self.squares.sum(-1, keepdim=True) / self.weighted.shape[-1] + self.eps)
-        return (self.weighted.float() * scale.view(*self.weighted.shape[:-1], 1)).to(self.weighted.dtype)
+        weighted = to_rows(self.weighted)
+        scale = torch.rsqrt(self.squares.sum(-1, keepdim=True) / weighted.shape[-1] + self.eps)
+        return (weighted.float() * scale.view(*weighted.shape[:-1], 1)).to(weighted.dtype)
 
 
 def residual_norm(

@@ -240,7 +240,8 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert record["results"][1]["speedup_vs_dense"] > 0
     for row in record["results"]:
         assert row["start_s"] > row["load_s"] > 0
-        assert row["wall_s"] > row["start_s"] + row["warmup_s"] + row["run_s"] + row["check_s"]
+        parts = row["start_s"] + row["warmup_s"] + row["run_s"] + row["check_s"]
+        assert row["wall_s"] > 0.9 * parts  # by the clocks of two processes
     assert capsys.readouterr().out.splitlines()[-1].startswith('{"schema": 1')
     assert len(table.read_text().splitlines()) == 3
 

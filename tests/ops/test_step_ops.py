@@ -196,6 +196,57 @@ def test_sub_block_closes_and_next_opens(device: str, shape: tuple[int, int, int
             assert error <= 1.3 * plain_error + 1e-6 * exact.norm()
 
 
+def in_tiles(x: Tensor) -> ops.Tiled:
+    """Rows into tiles, value by value as the picture in ops/tiles.py says."""
+    rows, width = x.shape
+    tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 else 8
+    data = torch.full((width // 32, tiles, 4, 8, 8), torch.nan, dtype=x.dtype, device=x.device)
+    row, k = torch.meshgrid(torch.arange(rows), torch.arange(width), indexing="ij")
+    data[k // 32, row // 8, k % 32 // 8, row % 8, k % 8] = x
+    return ops.Tiled(data, x.shape)
+
+
+def test_tiles_to_rows() -> None:
+    for rows, width in ((1, 64), (8, 128), (11, 64), (33, 192)):
+        x = torch.randn(rows, width)
+        assert torch.equal(in_tiles(x).to_rows(), x) and ops.to_rows(x) is x
+    x = torch.randn(6, 64)
+    assert torch.equal(ops.Tiled(in_tiles(x).data, torch.Size((2, 3, 64))).to_rows(), x.view(2, 3, 64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(960, 576), (6144, 4096), (4096, 11008), (64, 64)])
+def test_tiles_change_nothing(shape: tuple[int, int]) -> None:
+    """Bit for bit what rows give, in and out, whatever lies in the padding."""
+    for dtype in (torch.bfloat16, torch.float16):
+        packed = ops.pack(random_24(*shape, dtype=dtype, device="cuda"))
+        bias = torch.randn(shape[0], device="cuda").to(dtype)
+        weight = torch.randn(shape[0], device="cuda").to(dtype)
+        for batch in (1, 5, 8, 9, 16, 17, 32, 40, 64):
+            x = torch.randn(batch, shape[1], device="cuda").to(dtype)
+            expected = ops.linear24_open(x, packed, bias)
+            found = ops.linear24_open(in_tiles(x), packed, bias)
+            assert isinstance(expected, Tensor) and torch.equal(ops.to_rows(found), expected)
+            tiled = ops.linear24_open(x, packed, bias, tiled=True)
+            assert isinstance(tiled, ops.Tiled) == (batch >= 5)
+            assert torch.equal(ops.to_rows(tiled), expected)
+            gated = [
+                ops.to_rows(ops.linear24_open(way, packed, bias, activation="silu", gated=True, tiled=tiled))
+                for way, tiled in ((x, False), (in_tiles(x), True))
+            ]
+            assert torch.equal(*gated)
+            stream = torch.randn(batch, shape[0], device="cuda").to(dtype)
+            closed = [ops.linear24_close(way, packed, bias, stream, weight, 1e-5) for way in (x, in_tiles(x))]
+            assert torch.equal(closed[0][0], closed[1][0])
+            if dtype == torch.bfloat16:
+                first, second = (normed for _, normed in closed)
+                assert isinstance(first, ops.DeferredNorm) and isinstance(second, ops.DeferredNorm)
+                assert isinstance(first.weighted, ops.Tiled) == (batch >= 5)
+                exact = exact_norm(closed[0][0], weight, None, 1e-5, False)
+                assert_close(first.resolve(), exact)
+                assert torch.equal(first.resolve(), second.resolve())
+
+
 def test_a_gate_needs_an_activation() -> None:
     packed = ops.pack(random_24(32, 32, dtype=torch.float32, device="cpu"))
     with pytest.raises(InputError, match="a gate needs an activation"):
@@ -290,20 +341,10 @@ def test_decode_attention(device: str, name: str, normed: bool) -> None:
                 for settled in (False, True):
                     keys, values = before[0].clone(), before[1].clone()
                     torch.cuda.synchronize()
-                    results[f"{splits} blocks of {warps} warps, settled {settled}"] = _cuda(
-                        heads,
-                        keys,
-                        values,
-                        there,
-                        cosine,
-                        signed_sine,
-                        shape,
-                        window,
-                        q_norm,
-                        k_norm,
-                        settled,
-                        warps,
-                        splits,
+                    given = (heads, keys, values, there, cosine, signed_sine, shape, window, q_norm, k_norm, settled)
+                    attended = ops.to_rows(_cuda(*given, settled, warps, splits))  # in tiles, or not
+                    results[f"{splits} blocks of {warps} warps, settled {settled}"] = attended.view(
+                        rows, -1, shape.head_dim
                     )
         for row, length in enumerate(lengths):
             exact, k, v = exact_attention(
