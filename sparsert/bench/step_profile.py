@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsert import ops
 from sparsert.engine.cache import DecodeAttention, KVCache, PrefillAttention
 from sparsert.engine.params import SamplingParams
 from sparsert.engine.runner import Runner, window_for

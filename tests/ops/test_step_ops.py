@@ -342,7 +342,8 @@ def test_decode_attention(device: str, name: str, normed: bool) -> None:
                     keys, values = before[0].clone(), before[1].clone()
                     torch.cuda.synchronize()
                     given = (heads, keys, values, there, cosine, signed_sine, shape, window, q_norm, k_norm, settled)
-                    attended = ops.to_rows(_cuda(*given, settled, warps, splits))  # in tiles, or not
+                    tiled = settled and shape.num_heads * shape.head_dim % 64 == 0
+                    attended = ops.to_rows(_cuda(*given, tiled, warps, splits))
                     results[f"{splits} blocks of {warps} warps, settled {settled}"] = attended.view(
                         rows, -1, shape.head_dim
                     )
