@@ -125,6 +125,7 @@ def test_what_is_not_computed_is_refused(architecture: str, changes: dict[str, A
         ("Gemma2ForCausalLM", {"sliding_window": None}, "sliding_window is missing"),
         ("NemotronForCausalLM", {"partial_rotary_factor": 0.1}, "turns 1 dimensions; need an even number from 2 to 16"),
         ("NemotronForCausalLM", {"partial_rotary_factor": 1.5}, "turns 24 dimensions"),
+        ("LlamaForCausalLM", {"rope_scaling": "linear"}, "rope_parameters or rope_scaling is 'linear'; a JSON object"),
         ("LlamaForCausalLM", {"attention_bias": "yes"}, "attention_bias is 'yes'; true or false"),
     ],
 )
