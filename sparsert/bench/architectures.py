@@ -1,7 +1,8 @@
 """Models that can be measured by name, with random weights: what stands in their ``config.json``.
 
-Sizes of blocks are those of :mod:`sparsert.bench.shapes`; here stands what a whole model needs beside them.
-``tiny`` is no real model: it has the shape of one and runs in milliseconds on a CPU, for tests.
+Llama models of plain shape have the sizes of their blocks in :mod:`sparsert.bench.shapes`; here stands what a whole
+model needs beside them, and all that other families are made of. ``tiny`` is no real model: it has the shape of
+one and runs in milliseconds on a CPU, for tests.
 """
 
 from __future__ import annotations
@@ -36,7 +37,87 @@ _BODIES = {
     "tiny": _Body(8, 512, 4096),
 }
 
-ARCHITECTURES = tuple(_BODIES)
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def _config(
+    family: str,
+    depth: int,
+    hidden: int,
+    intermediate: int,
+    heads: tuple[int, int, int],
+    vocabulary: int,
+    positions: int,
+    **more: Any,
+) -> dict[str, Any]:
+    """Content of a config.json; ``heads``: query heads, key/value heads, width of a head."""
+    return {
+        "architectures": [f"{family}ForCausalLM"],
+        "model_type": "gemma3_text" if family == "Gemma3" else family.lower(),
+        "num_hidden_layers": depth,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "head_dim": heads[2],
+        "vocab_size": vocabulary,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": False,
+        **more,
+    }
+
+
+#: Source: each model's config.json; the Minitron sizes also in Muralidharan et al. (2024) and Sreenivas et al. (2024).
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "mistral-7b": _config(
+        "Mistral", 32, 4096, 14336, (32, 8, 128), 32000, 32768,
+        rms_norm_eps=1e-5, rope_theta=10000.0, sliding_window=4096, bos_token_id=1, eos_token_id=2,
+    ),
+    "qwen2.5-7b": _config(
+        "Qwen2", 28, 3584, 18944, (28, 4, 128), 152064, 131072,
+        rms_norm_eps=1e-6, rope_theta=1e6, use_sliding_window=False, bos_token_id=151643, eos_token_id=151643,
+    ),
+    "qwen3-8b": _config(
+        "Qwen3", 36, 4096, 12288, (32, 8, 128), 151936, 40960,
+        rms_norm_eps=1e-6, rope_theta=1e6, use_sliding_window=False, bos_token_id=151643, eos_token_id=151645,
+    ),
+    "gemma-2-9b": _config(
+        "Gemma2", 42, 3584, 14336, (16, 8, 256), 256000, 8192,
+        rms_norm_eps=1e-6, rope_theta=10000.0, sliding_window=4096, query_pre_attn_scalar=256,
+        attn_logit_softcapping=50.0, final_logit_softcapping=30.0, tie_word_embeddings=True,
+        bos_token_id=2, eos_token_id=1,
+    ),
+    "gemma-3-1b": _config(
+        "Gemma3", 26, 1152, 6912, (4, 1, 256), 262144, 32768,
+        rms_norm_eps=1e-6, rope_theta=1e6, rope_local_base_freq=10000.0, sliding_window=512,
+        sliding_window_pattern=6, query_pre_attn_scalar=256, tie_word_embeddings=True, bos_token_id=2, eos_token_id=1,
+    ),
+    "minitron-4b": _config(
+        "Nemotron", 32, 3072, 9216, (24, 8, 128), 256000, 4096,
+        norm_eps=1e-5, rope_theta=10000.0, partial_rotary_factor=0.5, bos_token_id=2, eos_token_id=3,
+    ),
+    "minitron-8b": _config(
+        "Nemotron", 32, 4096, 16384, (48, 8, 128), 256000, 4096,
+        norm_eps=1e-5, rope_theta=10000.0, partial_rotary_factor=0.5, bos_token_id=2, eos_token_id=3,
+    ),
+    "llama-3.1-minitron-4b-width": _config(
+        "Llama", 32, 3072, 9216, (32, 8, 128), 128256, 131072,
+        rms_norm_eps=1e-5, rope_parameters=_LLAMA3_ROPE, bos_token_id=128000, eos_token_id=128001,
+    ),
+    "llama-3.1-minitron-4b-depth": _config(
+        "Llama", 16, 4096, 14336, (32, 8, 128), 128256, 131072,
+        rms_norm_eps=1e-5, rope_parameters=_LLAMA3_ROPE, bos_token_id=128000, eos_token_id=128001,
+    ),
+}  # fmt: skip
+
+ARCHITECTURES = (*_BODIES, *_CONFIGS)
 
 
 def hf_config(name: str) -> dict[str, Any]:
@@ -52,18 +133,14 @@ def hf_config(name: str) -> dict[str, Any]:
         >>> hf_config("llama-3.1-8b")["num_hidden_layers"]
         32
     """
+    if name in _CONFIGS:
+        return dict(_CONFIGS[name])
     if name not in _BODIES:
         raise InputError(f"--arch {name}: known are {', '.join(ARCHITECTURES)}; give other models with --model")
     sizes, body = SIZES[name], _BODIES[name]
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": body.rope_theta}
     if body.llama3_rope_factor is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": body.llama3_rope_factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
+        rope = _LLAMA3_ROPE | {"rope_theta": body.rope_theta, "factor": body.llama3_rope_factor}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -5,8 +5,7 @@ function returns is what the forward computes, so a reader of this file sees all
 another. Keys that do not change the forward (dropout, initialiser range, cache switches) are ignored; keys that
 would change it into something it does not compute are refused by name, before a tensor is read.
 
-Defaults of missing keys are those of the configuration classes of transformers, both releases' spellings are
-read: ``rope_theta`` and ``rope_scaling`` of 4, ``rope_parameters`` of 5.
+Defaults of missing keys are those of the configuration classes of transformers.
 
 Source: configuration and modeling files of transformers 5.23, each family's own.
 """
@@ -29,9 +28,8 @@ from sparsert.models.config import (
 )
 from sparsert.models.config_values import ConfigValues, token_ids
 from sparsert.models.per_layer import SKIPPED_ATTENTION, SKIPPED_MLP, block_values
+from sparsert.models.rope_config import read_rope, read_rope_by_type, rotary_share
 from sparsert.ops import AttentionShape
-
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
 
 #: Hugging Face's names of activations -> those of :data:`sparsert.ops.ACTIVATIONS`.
 SUPPORTED_ACTIVATIONS = {
@@ -84,22 +82,24 @@ class Family:
 
 def _llama(values: ConfigValues) -> BlockConfig:
     bias = values.flag("attention_bias")
-    attention = _attention(values, _rope(values), bias=bias, output_bias=bias)
+    attention = _attention(values, read_rope(values), bias=bias, output_bias=bias)
     return BlockConfig(attention, _mlp(values, bias=values.flag("mlp_bias")))
 
 
 def _mistral(values: ConfigValues) -> BlockConfig:
-    return BlockConfig(_attention(values, _rope(values), window=values.optional_size("sliding_window")), _mlp(values))
+    return BlockConfig(
+        _attention(values, read_rope(values), window=values.optional_size("sliding_window")), _mlp(values)
+    )
 
 
 def _qwen2(values: ConfigValues) -> BlockConfig:
-    return BlockConfig(_attention(values, _rope(values), bias=True, window=_window_by_type(values)), _mlp(values))
+    return BlockConfig(_attention(values, read_rope(values), bias=True, window=_window_by_type(values)), _mlp(values))
 
 
 def _qwen3(values: ConfigValues) -> BlockConfig:
     bias = values.flag("attention_bias")
     attention = _attention(
-        values, _rope(values), bias=bias, output_bias=bias, window=_window_by_type(values), head_norms=True
+        values, read_rope(values), bias=bias, output_bias=bias, window=_window_by_type(values), head_norms=True
     )
     return BlockConfig(attention, _mlp(values))
 
@@ -107,7 +107,7 @@ def _qwen3(values: ConfigValues) -> BlockConfig:
 def _gemma2(values: ConfigValues) -> BlockConfig:
     bias = values.flag("attention_bias")
     attention = _attention(
-        values, _rope(values), bias=bias, output_bias=bias, window=_window_by_type(values),
+        values, read_rope(values), bias=bias, output_bias=bias, window=_window_by_type(values),
         scale=values.number("query_pre_attn_scalar") ** -0.5, softcap=values.optional_number("attn_logit_softcapping"),
     )  # fmt: skip
     return BlockConfig(attention, _mlp(values, activation_key="hidden_activation"))
@@ -116,7 +116,7 @@ def _gemma2(values: ConfigValues) -> BlockConfig:
 def _gemma3(values: ConfigValues) -> BlockConfig:
     bias = values.flag("attention_bias")
     attention = _attention(
-        values, _rope_by_type(values), bias=bias, output_bias=bias, window=_window_by_type(values),
+        values, read_rope_by_type(values), bias=bias, output_bias=bias, window=_window_by_type(values),
         scale=values.number("query_pre_attn_scalar") ** -0.5, head_norms=True,
     )  # fmt: skip
     return BlockConfig(attention, _mlp(values, activation_key="hidden_activation"))
@@ -124,13 +124,13 @@ def _gemma3(values: ConfigValues) -> BlockConfig:
 
 def _nemotron(values: ConfigValues) -> BlockConfig:
     bias = values.flag("attention_bias")
-    attention = _attention(values, _rope(values, partial=True), bias=bias, output_bias=bias, partial=True)
+    attention = _attention(values, read_rope(values, partial=True), bias=bias, output_bias=bias, partial=True)
     return BlockConfig(attention, _mlp(values, gated=False, bias=values.flag("mlp_bias")))
 
 
 def _phi3(values: ConfigValues) -> BlockConfig:
     window = values.optional_size("sliding_window")
-    return BlockConfig(_attention(values, _rope(values, partial=True), window=window, partial=True), _mlp(values))
+    return BlockConfig(_attention(values, read_rope(values, partial=True), window=window, partial=True), _mlp(values))
 
 
 _LLAMA_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
@@ -318,11 +318,11 @@ def _attention(
         )
     if head_dim % 2:
         raise CheckpointError(f"{values.where}: head_dim {head_dim} is odd; rotary embeddings turn pairs")
-    rotary_share = _rotary_share(values) if partial else 1.0
-    rotary_dim = int(head_dim * rotary_share)
+    share = rotary_share(values) if partial else 1.0
+    rotary_dim = int(head_dim * share)
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise CheckpointError(
-            f"{values.where}: partial_rotary_factor {rotary_share} of head_dim {head_dim} turns {rotary_dim} "
+            f"{values.where}: partial_rotary_factor {share} of head_dim {head_dim} turns {rotary_dim} "
             f"dimensions; need an even number from 2 to {head_dim}"
         )
     shape = AttentionShape(
@@ -342,56 +342,3 @@ def _mlp(
 
 def _window_by_type(values: ConfigValues) -> int | None:
     return values.size("sliding_window") if values.get("layer_type") == SLIDING_ATTENTION else None
-
-
-def _rotary_share(values: ConfigValues, parameters: Mapping[str, Any] | None = None) -> float:
-    """The share of a head's dimensions that is turned."""
-    if parameters is None:
-        parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    holder = parameters if parameters.get("partial_rotary_factor") is not None else values.values
-    return ConfigValues(holder, values.where).number("partial_rotary_factor", 1.0)
-
-
-def _rope(values: ConfigValues, *, partial: bool = False) -> RopeConfig:
-    """One rope for all blocks; ``partial``: of part of a head's dimensions, if the configuration says so."""
-    parameters: dict[str, Any] = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    if any(isinstance(value, Mapping) for value in parameters.values()):
-        raise UnsupportedError(
-            f"{values.where}: rope_parameters by layer type ({', '.join(parameters)}) cannot be run here; supported: "
-            f"one set for all layers"
-        )
-    parameters.setdefault("rope_theta", values.get("rope_theta"))
-    return _rope_of(values, parameters, 10000.0, partial)
-
-
-def _rope_by_type(values: ConfigValues) -> RopeConfig:
-    """Gemma 3: blocks with a window turn by another base, and only the others are stretched."""
-    slides = values.get("layer_type") == SLIDING_ATTENTION
-    given = values.get("rope_parameters")
-    if given is not None:
-        if not all(value is None or isinstance(value, Mapping) for value in given.values()):
-            raise CheckpointError(f"{values.where}: rope_parameters {given!r} must be given by layer type")
-        parameters = dict(given.get(values.get("layer_type")) or {})
-    else:
-        parameters = {} if slides else dict(values.get("rope_scaling") or {})
-    parameters.setdefault("rope_theta", values.get("rope_local_base_freq" if slides else "rope_theta"))
-    return _rope_of(values, parameters, 10000.0 if slides else 1e6)
-
-
-def _rope_of(
-    values: ConfigValues, parameters: Mapping[str, Any], default_theta: float, partial: bool = False
-) -> RopeConfig:
-    if not partial:
-        values.check_supported("partial_rotary_factor", _rotary_share(values, parameters), (1.0,))
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    values.check_supported("rope type", kind, SUPPORTED_ROPE_TYPES)
-    rope = ConfigValues(parameters, values.where)
-    theta = rope.number("rope_theta", default_theta)
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if kind == "linear":
-        return RopeConfig(kind, theta, rope.number("factor"))
-    return RopeConfig(
-        kind, theta, rope.number("factor"), rope.number("low_freq_factor"), rope.number("high_freq_factor"),
-        rope.size("original_max_position_embeddings", values.size("max_position_embeddings")),
-    )  # fmt: skip

@@ -10,6 +10,7 @@ tensor are slices of its rows, so masks and 2:4 packing work part by part as the
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Container
 
 from sparsert.models.config import DecoderConfig
 
@@ -53,16 +54,16 @@ class TensorNames:
         embedding, norm, head: of what stands outside the blocks; ``norm`` without ``.weight``.
     """
 
-    def __init__(self, config: DecoderConfig, names: object = ()) -> None:
+    def __init__(self, config: DecoderConfig, names: Container[str] = ()) -> None:
         """Choose the beginning of names.
 
         Args:
             config: the model.
-            names: the checkpoint's names, anything that ``in`` works on.
+            names: of the checkpoint's tensors; default none, for names as they usually are.
         """
         prefixes = config.body_prefixes
         self._config = config
-        self._body = next((prefix for prefix in prefixes if f"{prefix}norm.weight" in names), prefixes[0])  # type: ignore[operator]
+        self._body = next((prefix for prefix in prefixes if f"{prefix}norm.weight" in names), prefixes[0])
         outside = self._body.removesuffix("model.") if self._body.endswith(".model.") else ""
         self.embedding = f"{self._body}embed_tokens.weight"
         self.norm = f"{self._body}norm"

@@ -52,7 +52,7 @@ def block_values(config: Mapping[str, Any], num_blocks: int) -> list[ConfigValue
         UnsupportedError: an override, a skipped layer or a layer type that is not known.
     """
     overrides = _overrides(config, num_blocks)
-    lists = {key: config[key] for key in PER_LAYER_KEYS if isinstance(config.get(key), list)}
+    lists = {key: config[key] for key in PER_LAYER_KEYS if key != "skip" and isinstance(config.get(key), list)}
     types = layer_types(config)
     for key, values in {**lists, **({"layer_types": types} if types is not None else {})}.items():
         if len(values) != num_blocks:

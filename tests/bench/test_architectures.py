@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sparsert.bench.architectures import ARCHITECTURES, choose_blocks, hf_config
-from sparsert.bench.shapes import linear_shapes
+from sparsert.bench.shapes import SIZES, linear_shapes
 from sparsert.bench.subject import Subject
 from sparsert.errors import InputError
 from sparsert.models import DecoderConfig
@@ -18,10 +19,15 @@ PARAMETERS = {
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.2-1b": 1_235_814_400,
     "smollm2-135m": 134_515_008,
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-3-1b": 999_885_952,
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", SIZES)
 def test_the_engine_can_run_them(name: str) -> None:
     config = DecoderConfig.from_hf(hf_config(name))
     shapes = {(s.out_features, s.in_features) for s in linear_shapes(name, "separate")}
@@ -32,17 +38,42 @@ def test_the_engine_can_run_them(name: str) -> None:
 def test_they_have_the_parameters_of_the_real_models(name: str) -> None:
     card = Subject(name, hf_config(name), "bfloat16", "dense").card()
     assert card.parameters == PARAMETERS[name]
-    assert card.weight_bytes == 2 * PARAMETERS[name]
+    # Gemma's norms are kept in fp32
+    norms = card.parameters - sum(
+        shape.out_features * (shape.in_features + shape.bias)
+        for block in range(card.blocks)
+        for shape in DecoderConfig.from_hf(hf_config(name)).block_linears(block).values()
+    )
+    assert 0 <= card.weight_bytes - 2 * PARAMETERS[name] <= 2 * norms * name.startswith("gemma")
 
 
-def test_transformers_builds_the_same_model() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("minitron-4b", 4.19),
+        ("minitron-8b", 8.27),
+        ("llama-3.1-minitron-4b-width", 4.51),
+        ("llama-3.1-minitron-4b-depth", 4.54),
+    ],
+)
+def test_minitron_has_the_parameters_of_its_card(name: str, billions: float) -> None:
+    card = Subject(name, hf_config(name), "bfloat16", "dense").card()
+    assert round(card.parameters / 1e9, 2) == billions
 
-    for name in ("tiny", "smollm2-135m"):
-        config = hf_config(name) | {"num_hidden_layers": 1}
-        model = LlamaForCausalLM(LlamaConfig(**config))
-        card = Subject(name, config, "float32", "dense").card()
-        assert sum(parameter.numel() for parameter in model.parameters()) == card.parameters
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_transformers_builds_the_same_model(name: str) -> None:
+    import transformers
+
+    config = hf_config(name) | {"num_hidden_layers": 2}
+    family = config["architectures"][0].removesuffix("ForCausalLM")
+    with torch.device("meta"):
+        settings = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")(**config)
+        model = getattr(transformers, f"{family}ForCausalLM")(settings)
+    card = Subject(name, config, "float32", "dense").card()
+    assert sum(parameter.numel() for parameter in model.parameters()) == card.parameters
+    ours = DecoderConfig.from_hf(config)
+    assert ours == DecoderConfig.from_hf({**settings.to_dict(), "architectures": config["architectures"]})
 
 
 def test_rope_of_llama_3_is_stretched() -> None:

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_gguf import BLOCKS, CONTEXT, HEAD_DIM, HEADS, KV_HEADS, interleave_heads, vocabulary, write_tiny_gguf
+from tiny_gguf import (
+    BLOCKS,
+    CONTEXT,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    interleave_heads,
+    vocabulary,
+    write_tiny_gemma3_gguf,
+    write_tiny_gguf,
+)
 
 from sparsert.checkpoint import open_checkpoint
 from sparsert.checkpoint.gguf_file import convert_gguf, deinterleave_heads
@@ -69,12 +79,28 @@ def test_tokenizer(converted: tuple[Path, dict[str, torch.Tensor]]) -> None:
     assert tokenizer(text).input_ids[0] == 1
 
 
+def test_gemma3(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    expected = write_tiny_gemma3_gguf(tmp_path / "tiny.gguf")
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "model")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    assert set(checkpoint.names) == set(expected)
+    for name, weight in expected.items():
+        assert torch.equal(checkpoint.read(name), weight.to(torch.bfloat16)), name
+    config = checkpoint.config
+    assert config["architectures"] == ["Gemma3ForCausalLM"] and config["sliding_window"] == 16
+    assert config["rope_parameters"]["full_attention"]["rope_theta"] == 1e6
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    assert all(torch.equal(state[name], weight.to(torch.bfloat16)) for name, weight in expected.items())
+
+
 def test_what_cannot_be_converted(tmp_path: Path) -> None:
     (tmp_path / "no.gguf").write_bytes(b"GGUX" + b"\0" * 100)
     with pytest.raises(CheckpointError, match=r"no\.gguf: is no readable GGUF file"):
         convert_gguf(tmp_path / "no.gguf", tmp_path / "a")
     write_tiny_gguf(tmp_path / "other.gguf", architecture="falcon")
-    with pytest.raises(UnsupportedError, match="architecture 'falcon'; only llama"):
+    with pytest.raises(UnsupportedError, match="architecture 'falcon'; only llama, gemma3 can"):
         convert_gguf(tmp_path / "other.gguf", tmp_path / "b")
     write_tiny_gguf(tmp_path / "extra.gguf", extra="blk.0.ssm_in.weight")
     with pytest.raises(UnsupportedError, match=r"'blk\.0\.ssm_in\.weight' has no place in a Llama model"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tiny_families import rope_of
 from tiny_llama import LLAMA3_ROPE
 from transformers import LlamaConfig
 
@@ -23,12 +24,6 @@ MINIMAL: dict[str, Any] = {
 
 def read(**changes: Any) -> DecoderConfig:
     return DecoderConfig.from_hf({**MINIMAL, **changes})
-
-
-def rope_of(config: DecoderConfig, block: int = 0) -> RopeConfig:
-    attention = config.blocks[block].attention
-    assert attention is not None
-    return attention.rope
 
 
 def test_defaults_are_those_of_llama() -> None:

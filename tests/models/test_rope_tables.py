@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_families import rope_of
 from tiny_llama import LLAMA3_ROPE
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from sparsert.models import DecoderConfig, RopeConfig
+from sparsert.models import DecoderConfig
 from sparsert.models.rope import RotaryEmbedding, inverse_frequencies
 from sparsert.ops import rotate
 
@@ -17,12 +18,6 @@ ROPES = {
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
     "llama3": LLAMA3_ROPE,
 }
-
-
-def rope_of(config: DecoderConfig) -> RopeConfig:
-    attention = config.blocks[0].attention
-    assert attention is not None
-    return attention.rope
 
 
 @pytest.mark.parametrize("kind", ROPES)
