@@ -164,7 +164,7 @@ def prune(arguments: argparse.Namespace) -> None:
         mask_maker=None if arguments.method == "none" else lambda name, weight: magnitude_mask(weight, name=name),
         # a path of this machine means nothing to the next reader, its last part may
         base_model=directory.resolve().name if Path(arguments.model).expanduser().exists() else arguments.model,
-        kept_blocks=plan.kept,
+        plan=plan,
         progress=True,
     )
     if arguments.json:
