@@ -144,28 +144,41 @@ class DecoderBlock(nn.Module):
     """Attention, then feed-forward, each behind a norm and added to the residual stream.
 
     What a sub-block computes is added by the norm that follows it, so that addition and norm are one step.
+    A half that the plan skips has no modules.
     """
 
-    def __init__(self, config: DecoderConfig, rotary: RotaryEmbedding) -> None:
+    def __init__(
+        self, config: DecoderConfig, rotary: RotaryEmbedding, attention: bool = True, mlp: bool = True
+    ) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config, rotary)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(config)
+        if attention:
+            self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.self_attn = SelfAttention(config, rotary)
+        if mlp:
+            self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.mlp = GatedMLP(config)
 
-    def forward(self, x: Tensor, stream: Tensor | None, attention: Attention, slot: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, stream: Tensor | None, attention: Attention, slot: int | None, mlp: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Run the block.
 
         Args:
             x: ``[batch, tokens, hidden]``: what is still to be added to the stream.
             stream: the residual stream, or None at the start.
+            slot: of the attention layer; None skips it.
+            mlp: whether the feed-forward layer runs.
 
         Returns:
             x and stream for the next block.
         """
-        stream, normed = self.input_layernorm(x, stream)
-        stream, normed = self.post_attention_layernorm(self.self_attn(normed, attention, slot), stream)
-        return self.mlp(normed), stream
+        if slot is not None:
+            stream, normed = self.input_layernorm(x, stream)
+            x = self.self_attn(normed, attention, slot)
+        if mlp:
+            stream, normed = self.post_attention_layernorm(x, stream)
+            x = self.mlp(normed)
+        return x, stream
 
 
 class DecoderModel(nn.Module):
@@ -188,7 +201,10 @@ class DecoderModel(nn.Module):
         self.report = LoadReport({}, ())
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, device="meta")
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
-        self.blocks = nn.ModuleList([DecoderBlock(config, self.rotary) for _ in plan.kept])
+        self.blocks = nn.ModuleList(
+            [DecoderBlock(config, self.rotary, plan.runs_attention(b), plan.runs_mlp(b)) for b in plan.kept]
+        )
+        self._runs: dict[LayerPlan, list[tuple[int, int | None, bool]]] = {}
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
 
@@ -196,7 +212,7 @@ class DecoderModel(nn.Module):
     def attention_shapes(self) -> tuple[ops.AttentionShape, ...]:
         """What each attention layer computes, by slot."""
         blocks: list[Any] = list(self.blocks)
-        return tuple(block.self_attn.shape for block in blocks)
+        return tuple(block.self_attn.shape for block in blocks if hasattr(block, "self_attn"))
 
     @property
     def device(self) -> torch.device:
@@ -208,7 +224,29 @@ class DecoderModel(nn.Module):
         """dtype of activations and values."""
         return self.embed_tokens.weight.dtype
 
-    def forward(self, tokens: Tensor, attention: Attention | None = None, *, rows: Tensor | None = None) -> Tensor:
+    def _runs_of(self, plan: LayerPlan) -> list[tuple[int, int | None, bool]]:
+        """(place of the block, its slot or None, whether the mlp runs) of what a plan runs; slots are the model's."""
+        if plan not in self._runs:
+            plan.check_within(self.plan, "the loaded model")
+            with_attention = [block for block in self.plan.kept if self.plan.runs_attention(block)]
+            self._runs[plan] = [
+                (
+                    self.plan.kept.index(block),
+                    with_attention.index(block) if plan.runs_attention(block) else None,
+                    plan.runs_mlp(block),
+                )
+                for block in plan.kept
+            ]
+        return self._runs[plan]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        attention: Attention | None = None,
+        *,
+        rows: Tensor | None = None,
+        plan: LayerPlan | None = None,
+    ) -> Tensor:
         """Logits of the next token.
 
         Args:
@@ -216,16 +254,20 @@ class DecoderModel(nn.Module):
             attention: default plain causal attention within this call, from position 0; another one needs
                 ``rotary.reserve_`` for its positions.
             rows: int64 ``[batch]``: the one token of each text whose logits are wanted; default all.
+            plan: run only this much of what is loaded; slots keep their numbers, so that plans can share a cache.
 
         Returns:
             ``[batch, tokens, vocabulary]``, or ``[batch, vocabulary]`` with ``rows``, in the model's dtype.
+
+        Raises:
+            InputError: the plan runs what is not loaded.
         """
         if attention is None:
             self.rotary.reserve_(tokens.shape[1], self.device, self.dtype)
             attention = CausalAttention()
         x, stream = self.embed_tokens(tokens), None
-        for slot, block in enumerate(self.blocks):
-            x, stream = block(x, stream, attention, slot)
+        for place, slot, mlp in self._runs_of(plan or self.plan):
+            x, stream = self.blocks[place](x, stream, attention, slot, mlp)
         if rows is not None:
             x, stream = _pick(x, rows), _pick(stream, rows) if stream is not None else None
         logits: Tensor = self.lm_head(self.norm(x, stream)[1])

@@ -65,7 +65,7 @@ def load_model(
         device: ``"cpu"``, ``"cuda"``, ...; default a GPU if there is one.
         dtype: bfloat16, float16 or float32; weights are converted before they are packed. Default:
             see :func:`sparsert.models.placement.resolve_dtype`.
-        plan: blocks to run, default all.
+        plan: blocks to run, default all; what the checkpoint itself skips never runs.
         masks: an opened mask file, in the checkpoint's block numbering; it must fit the whole model.
         mask_maker: weight ``[out_features, in_features]`` on the device -> bool mask of the same shape.
         backend: which kernels the packed layers use, see ``sparsert.ops.linear24``.
@@ -81,11 +81,12 @@ def load_model(
         InputError: a plan for another number of blocks.
     """
     config = DecoderConfig.from_hf(checkpoint.config)
-    plan = plan or LayerPlan.full(config.num_blocks)
+    stored = LayerPlan.from_per_layer_config(config.num_blocks, checkpoint.config.get("per_layer_config"))
+    plan = stored if plan is None else stored.intersect(plan)
     model = DecoderModel(config, plan)
-    tied = _check_tensors(checkpoint, config)
+    tied = _check_tensors(checkpoint, config, stored)
     if masks is not None:
-        masks.check({name: checkpoint.shape(name) for name in _linear_names(config, range(config.num_blocks))})
+        masks.check({name: checkpoint.shape(name) for name in _linear_names(config, stored)})
     target = resolve_device(device)
     reader = _Reader(checkpoint, target, resolve_dtype(dtype, target, checkpoint.dtype(NORM)))
     _check_backend(config, backend, reader.device, reader.dtype)
@@ -98,14 +99,19 @@ def load_model(
             block = model.blocks[place]
             assert isinstance(block, DecoderBlock)
             for norm in _BLOCK_NORMS:
-                getattr(block, norm).weight = reader.parameter(f"model.layers.{original}.{norm}.weight")
+                if _runs(plan, original, norm):
+                    getattr(block, norm).weight = reader.parameter(f"model.layers.{original}.{norm}.weight")
             for name, shape in config.block_linears().items():
+                if not _runs(plan, original, name):
+                    continue
                 full_name = f"model.layers.{original}.{name}.weight"
                 linear, linears[full_name] = _load_linear(full_name, shape, reader, masks, mask_maker, backend)
                 place_linear(block, name, linear)
                 del linear
-            block.self_attn.qkv_proj.join_()
-            block.mlp.gate_up_proj.join_()
+            if plan.runs_attention(original):
+                block.self_attn.qkv_proj.join_()
+            if plan.runs_mlp(original):
+                block.mlp.gate_up_proj.join_()
     kept_dense = dense_warning(linears)
     if kept_dense:
         notes.append(kept_dense)
@@ -150,29 +156,38 @@ def _check_backend(config: DecoderConfig, backend: str, device: torch.device, dt
     ops.explain(shape.out_features, shape.in_features, 1, device=device, dtype=dtype, backend=backend)
 
 
-def _linear_names(config: DecoderConfig, blocks: range) -> Iterator[str]:
-    for block in blocks:
+def _linear_names(config: DecoderConfig, stored: LayerPlan) -> Iterator[str]:
+    for block in stored.kept:
         for name in config.block_linears():
-            yield f"model.layers.{block}.{name}.weight"
+            if _runs(stored, block, name):
+                yield f"model.layers.{block}.{name}.weight"
 
 
-def _expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors but embedding and head, removed blocks included."""
+def _runs(plan: LayerPlan, block: int, part: str) -> bool:
+    """Whether a plan runs the half of a block that a norm or linear layer belongs to."""
+    return plan.runs_attention(block) if part.startswith(("self_attn", "input_")) else plan.runs_mlp(block)
+
+
+def _expected_shapes(config: DecoderConfig, stored: LayerPlan) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors but embedding and head, of removed blocks too, but not of what the checkpoint skips."""
     expected: dict[str, tuple[int, ...]] = {NORM: (config.hidden_size,)}
-    for block in range(config.num_blocks):
+    for block in stored.kept:
         prefix = f"model.layers.{block}."
         for norm in _BLOCK_NORMS:
-            expected[f"{prefix}{norm}.weight"] = (config.hidden_size,)
+            if _runs(stored, block, norm):
+                expected[f"{prefix}{norm}.weight"] = (config.hidden_size,)
         for name, shape in config.block_linears().items():
+            if not _runs(stored, block, name):
+                continue
             expected[f"{prefix}{name}.weight"] = (shape.out_features, shape.in_features)
             if shape.bias:
                 expected[f"{prefix}{name}.bias"] = (shape.out_features,)
     return expected
 
 
-def _check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> bool:
+def _check_tensors(checkpoint: Checkpoint, config: DecoderConfig, stored: LayerPlan) -> bool:
     """Check names, shapes and dtypes; return whether the head is to share the embedding's matrix."""
-    expected = _expected_shapes(config)
+    expected = _expected_shapes(config, stored)
     matrix = (config.vocab_size, config.hidden_size)
     # a tied checkpoint may hold the shared matrix under either name, or under both
     tied = config.tie_word_embeddings and (EMBEDDING not in checkpoint or HEAD not in checkpoint)
