@@ -204,14 +204,12 @@ class TestDistribution:
     def test_is_that_of_plain_sampling(self, llm: LLM, options: dict[str, float]) -> None:
         params = SamplingParams(**{"max_new_tokens": 3, "temperature": 1.0, **options})  # type: ignore[arg-type]
         deviation = self.deviation(llm, params)
-        print(deviation)
         assert deviation < 1.7
 
     @pytest.mark.parametrize("rule", [replaced_by_the_target, accepted_by_the_target_alone])
     def test_a_wrong_rule_fails(self, llm: LLM, rule: object, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(speculate, "accept_sampled", rule)
         deviation = self.deviation(llm, SamplingParams(max_new_tokens=3, temperature=1.0))
-        print(deviation)
         assert deviation > 3
 
 
