@@ -119,3 +119,19 @@ def test_one_text_at_a_time(llm: LLM) -> None:
     with pytest.raises(InputError, match="in the middle of another call of generate, and its plans share one cache"):
         llm.generate(PROMPTS, PARAMS, stream=again)
     assert tokens(llm.generate(PROMPTS, PARAMS)), "the failed call gave the cache back"
+
+
+@pytest.mark.gpu
+def test_switching_on_a_gpu_captures_nothing_twice(directory: Path) -> None:
+    """In fp32, where views and models loaded that way take the same tokens."""
+    options = {"device": "cuda", "dtype": "float32"}
+    llm = LLM(directory, **options)  # type: ignore[arg-type]
+    views = [llm.with_plan(plan) for plan in PLANS]
+    expected = [tokens(LLM(directory, plan=plan, **options).generate(PROMPTS, PARAMS)) for plan in PLANS]  # type: ignore[arg-type]
+    assert [tokens(view.generate(PROMPTS, PARAMS)) for view in views] == expected
+    held, capture_s = llm.runner.graph_count, llm.runner.capture_s
+    assert held == len(PLANS) and capture_s > 0
+    for chosen in (3, 0, 4, 1, 2, 0):
+        completions = views[chosen].generate(PROMPTS, PARAMS)
+        assert tokens(completions) == expected[chosen] and completions[0].timings.capture_ms == 0
+    assert (llm.runner.graph_count, llm.runner.capture_s) == (held, capture_s)

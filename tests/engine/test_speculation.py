@@ -232,3 +232,21 @@ def test_refusals(llm: LLM, directory: Path, sparse: Path, tmp_path: Path) -> No
         llm.generate(prompts, draft=other)
     with pytest.raises(InputError, match=r"the draft takes texts of 40 tokens, this model 512; .* with max_length=40"):
         llm.generate(prompts, draft=LLM(sparse, device="cpu", max_length=40))
+
+
+@pytest.mark.gpu
+def test_graphs_of_drafts_and_checks(directory: Path, sparse: Path) -> None:
+    """In fp32, where a forward of several tokens takes the tokens of as many steps; run twice, the second time replayed."""
+    llm = LLM(directory, device="cuda", dtype="float32")
+    prompts = random_prompts([5, 1, 250, 18, 7])
+    for params in (SamplingParams(max_new_tokens=40), SamplingParams(max_new_tokens=40, repetition_penalty=1.2)):
+        plain = outcome(llm.generate(prompts, params))
+        for draft in (llm.with_plan(DRAFTS["blocks"]), llm.with_plan(DRAFTS["halves"]), sparse):
+            for turn in range(2):
+                drafted = llm.generate(prompts, params, draft=draft, draft_tokens=4)
+                assert outcome(drafted) == plain
+                assert 0 < stats(drafted[0]).accepted < stats(drafted[0]).drafted
+                assert (drafted[0].timings.capture_ms == 0) or turn == 0
+    sampled = SamplingParams(max_new_tokens=30, temperature=0.8, top_p=0.9, seed=3)
+    once, again = (outcome(llm.generate(prompts, sampled, draft_plan=DRAFTS["blocks"])) for _ in range(2))
+    assert once == again
