@@ -212,6 +212,21 @@ def test_blocks(capsys: Capture, model: Path, tmp_path: Path, options: tuple[str
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--draft-tokens", "3"), "draft_tokens 3 without a draft"),
+        (("--draft-remove-blocks", "4", "--draft-tokens", "99"), "draft_tokens is 99; it must be a whole number, 1-16"),
+        (("--draft-remove-blocks", "9"), "cannot remove block 9: the model has 8 blocks"),
+        (("--draft-remove-blocks", "order.csv:x"), "--draft-remove-blocks order.csv:x: after the colon stands"),
+        (("--draft-skip-mlp", "4", "--draft-model", "x"), "give one of the two"),
+        (("--draft-model", "./absent"), "no such directory"),
+    ],
+)
+def test_drafts(capsys: Capture, model: Path, options: tuple[str, ...], expected: str) -> None:
+    assert expected in generate_fails(capsys, model, *options)
+
+
 def test_unknown_architecture(capsys: Capture, copy: Copy) -> None:
     directory = copy(architectures=["FalconForCausalLM"], model_type="falcon")
     message = generate_fails(capsys, directory)

@@ -37,7 +37,7 @@ from sparsert.schedule.blocks import (
 Blocks = str | Iterable[int]
 
 #: What ``skip`` of a ``per_layer_config`` may name, and the half of a block that it means.
-SKIP_NAMES = {"attention": "attention", "self_attn": "attention", "mlp": "mlp"}
+SKIP_NAMES = {"attention": "attention", "self_attn": "attention", "mlp": "mlp", "feed_forward": "mlp"}
 
 
 @dataclasses.dataclass(frozen=True)

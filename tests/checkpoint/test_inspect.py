@@ -14,6 +14,7 @@ from sparsert.checkpoint import inspect_checkpoint, open_checkpoint
 from sparsert.compress import magnitude_mask
 from sparsert.errors import UnsupportedError
 from sparsert.formats import packed_nbytes
+from sparsert.schedule import LayerPlan
 
 Make = Callable[..., Path]
 PREFIX = "model.layers.2."
@@ -100,3 +101,11 @@ def test_text_and_json(make_directory: Make) -> None:
     assert len(data["tensors"]) == len(checkpoint.names) and len(data["totals"]["broken_claims"]) == 4 * BLOCKS
     assert inspect_checkpoint(checkpoint, architecture_check=lambda config: None).supported is True
     assert inspect_checkpoint(checkpoint).supported is None
+
+
+def test_halves_that_the_configuration_skips(make_directory: Make) -> None:
+    config = tiny_config(per_layer_config={"3": {"skip": ["mlp"]}})
+    report = inspect_checkpoint(open_checkpoint(make_directory(config=config)))
+    assert report.plan == LayerPlan(BLOCKS, tuple(range(BLOCKS)), without_mlp=(3,))
+    assert "runs all 8 blocks, without mlp in 3 (per_layer_config)" in report.to_text()
+    assert report.to_dict()["plan"]["without_mlp"] == (3,)

@@ -6,20 +6,20 @@ import dataclasses
 
 import pytest
 import torch
-from test_kv_cache import CPU, make_config
+from test_kv_cache import CPU, make_config, make_layer
 from torch import Tensor
 
 from sparsert.engine.cache import DecodeAttention, ExtendAttention, KVCache
 from sparsert.models.decoder import SelfAttention
-from sparsert.models.rope import RotaryEmbedding
 
 
-def make_layer(heads: int, kv_heads: int, head_dim: int, **shape: object) -> SelfAttention:
-    config = make_config(heads, kv_heads, head_dim)
-    rotary = RotaryEmbedding(config.rope, config.head_dim)
-    rotary.reserve_(64, CPU, torch.float32)
-    layer = SelfAttention(config, rotary)
+def make_turning_layer(heads: int, kv_heads: int, head_dim: int, **shape: object) -> SelfAttention:
+    """An attention layer with random angles at each position."""
+    layer = make_layer(make_config(heads, kv_heads, head_dim))
     layer.shape = dataclasses.replace(layer.shape, **shape)  # type: ignore[arg-type]
+    angles = torch.rand(64, layer.shape.rotary_dim // 2) * 6
+    layer.rotary.cosine = torch.cat([angles.cos(), angles.cos()], dim=1)
+    layer.rotary.signed_sine = torch.cat([-angles.sin(), angles.sin()], dim=1)
     return layer
 
 
@@ -44,11 +44,7 @@ def expected(layer: SelfAttention, heads: Tensor, row: int, position: int) -> Te
 )
 def test_equals_attention_over_everything(heads: int, kv_heads: int, shape: dict[str, object]) -> None:
     head_dim, count, window = 16, 5, 32
-    layer = make_layer(heads, kv_heads, head_dim, **shape)
-    if "rotary_dim" in shape:
-        layer.rotary.cosine, layer.rotary.signed_sine = (
-            x[:, :8] for x in (layer.rotary.cosine, layer.rotary.signed_sine)
-        )
+    layer = make_turning_layer(heads, kv_heads, head_dim, **shape)
     cache = KVCache([layer.shape] * 2, batch_size=4, length=40, device=CPU, dtype=torch.float32)
     for buffer in (*cache.keys, *cache.values):
         buffer.fill_(1e4)  # whatever lies behind the real keys must not be seen
@@ -71,7 +67,7 @@ def test_equals_attention_over_everything(heads: int, kv_heads: int, shape: dict
 
 @pytest.mark.parametrize("sliding_window", [None, 4])
 def test_equals_as_many_decode_steps(sliding_window: int | None) -> None:
-    layer = make_layer(6, 3, 8, sliding_window=sliding_window)
+    layer = make_turning_layer(6, 3, 8, sliding_window=sliding_window)
     caches = [KVCache([layer.shape], 2, 32, CPU, torch.float32) for _ in range(2)]
     filled = torch.randn(2, 3, 32, 8)
     for cache in caches:

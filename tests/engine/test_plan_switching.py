@@ -61,7 +61,7 @@ def resident_bytes(llm: LLM, plan: LayerPlan) -> int:
     total = 0
     for index, block in enumerate(llm.model.blocks):
         for name, parameter in block.named_parameters():
-            attention = name.startswith(("self_attn", "input_layernorm"))
+            attention = name.startswith(("self_attn", "input_layernorm", "attention_norm"))
             total += parameter.nbytes * (plan.runs_attention(index) if attention else plan.runs_mlp(index))
     return total
 

@@ -236,7 +236,7 @@ def test_refusals(llm: LLM, directory: Path, sparse: Path, tmp_path: Path) -> No
 
 @pytest.mark.gpu
 def test_graphs_of_drafts_and_checks(directory: Path, sparse: Path) -> None:
-    """In fp32, where a forward of several tokens takes the tokens of as many steps; run twice, the second time replayed."""
+    """In fp32, where a forward of several tokens takes the tokens of as many steps; each twice, then replayed."""
     llm = LLM(directory, device="cuda", dtype="float32")
     prompts = random_prompts([5, 1, 250, 18, 7])
     for params in (SamplingParams(max_new_tokens=40), SamplingParams(max_new_tokens=40, repetition_penalty=1.2)):

@@ -80,7 +80,7 @@ def test_transformers_takes_the_same_form() -> None:
         ([], r"per_layer_config is \[\]; it must map blocks to settings"),
         ({"6": {}}, r"per_layer_config\['6'\]: is no block of a model with 6"),
         ({"x": {}}, r"per_layer_config\['x'\]: is no block"),
-        ({"1": {"skip": "mlp"}}, r"\['1'\]: skip must be a list of attention, self_attn, mlp, got 'mlp'"),
+        ({"1": {"skip": "mlp"}}, r"\['1'\]: skip must be a list of attention, self_attn, mlp, feed_forward, got 'mlp'"),
         ({"1": {"skip": ["experts"]}}, r"\['1'\]: skip must be a list of"),
         ({"1": 3}, r"\['1'\]: skip must be a list of"),
     ],
