@@ -133,8 +133,8 @@ def _rounds(
     while active := [row for row, text in enumerate(texts) if text.finish_reason is None]:
         # the last token of a text is not in the cache yet
         longest = max(len(texts[row].prompt) + len(texts[row].token_ids) - 1 for row in active)
-        reader.start(speculator.round(tokens, longest))
-        tokens = speculator.following
+        tokens, outcome = speculator.round(tokens, longest)
+        reader.start(outcome)
         values = reader.finish()
         rounds += len(active)
         drafted += len(active) * speculator.draft_tokens

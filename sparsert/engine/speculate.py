@@ -40,10 +40,7 @@ class Speculator:
 
     Attributes:
         draft_tokens: tokens drafted in a round.
-        following: int64 ``[batch]`` on the device: the newest token of each row after the last round.
     """
-
-    following: Tensor
 
     def __init__(self, target: Runner, draft: Runner, draft_tokens: int, sampler: Sampler) -> None:
         """Set up.
@@ -72,7 +69,7 @@ class Speculator:
             self._previous = torch.tensor([prompt[-1] for prompt in prompts], device=self._target.model.device)
 
     @torch.inference_mode()
-    def round(self, newest: Tensor, longest: int) -> Tensor:
+    def round(self, newest: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """Draft, check, and take over what stands.
 
         Args:
@@ -80,8 +77,9 @@ class Speculator:
             longest: tokens in the cache of the longest row that matters.
 
         Returns:
-            int64 ``[batch, draft_tokens + 2]``: the new tokens, of which only the first ``accepted + 1`` are meant,
-            and in the last column ``accepted``. Nothing waits for the device.
+            The newest token of each row now, int64 ``[batch]``; and for the host int64 ``[batch, draft_tokens + 2]``:
+            the new tokens, of which only the first ``accepted + 1`` are meant, and ``accepted`` in the last column.
+            Nothing waits for the device.
         """
         count, sampled = self.draft_tokens, not self._sampler.params.greedy
         start = self._target.lengths
@@ -116,9 +114,8 @@ class Speculator:
             rows = torch.arange(len(newest), device=newest.device)
             self._sampler.seen = seen_at[rows, accepted]
             self._sampler.saw(following)
-        self.following = following
         tokens = torch.cat([drafts, following.unsqueeze(1)], dim=1).scatter(1, column, following.unsqueeze(1))
-        return torch.cat([tokens, column], dim=1)
+        return following, torch.cat([tokens, column], dim=1)
 
     def _propose(
         self, token: Tensor, start: Tensor, longest: int, place: int, seen: list[Tensor], drawn: list[Tensor]
