@@ -128,6 +128,7 @@ class LLM:
         self.runner = Runner(self.model, self.max_length)
         self._tokenizer = LazyTokenizer(self.checkpoint.directory)
         self._drafts: dict[str, LLM] = {}
+        self._same_tokenizers: list[LazyTokenizer] = []
         self.load_s = time.perf_counter() - start
 
     @property
@@ -274,14 +275,13 @@ class LLM:
                 f"the draft takes texts of {draft.max_length} tokens, this model {self.max_length}; load this model "
                 f"with max_length={draft.max_length}"
             )
-        if (
-            self._tokenizer.exists
-            and draft._tokenizer.exists
-            and self.tokenizer.get_vocab() != draft.tokenizer.get_vocab()
-        ):
+        if draft._tokenizer in self._same_tokenizers or not (self._tokenizer.exists and draft._tokenizer.exists):
+            return
+        if self.tokenizer.get_vocab() != draft.tokenizer.get_vocab():
             raise InputError(
                 "the draft's tokenizer gives other numbers to tokens than this model's; use a draft of its family"
             )
+        self._same_tokenizers.append(draft._tokenizer)  # a large vocabulary takes a while to compare
 
     def _prepare(self, prompts: Sequence[Prompt], params: SamplingParams, chat: bool) -> list[GrowingText]:
         """Tokenise and check the prompts."""

@@ -1,4 +1,4 @@
-"""Drafts, views and shortened checkpoints for every architecture: windows, soft caps, norms before and behind, biases."""
+"""Drafts, views and shortened checkpoints for every architecture: windows, soft caps, sandwiched norms, biases."""
 
 from __future__ import annotations
 

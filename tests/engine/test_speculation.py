@@ -230,6 +230,13 @@ def test_refusals(llm: LLM, directory: Path, sparse: Path, tmp_path: Path) -> No
     other = LLM(save(make_llama(vocab_size=100), tmp_path), device="cpu")
     with pytest.raises(InputError, match="the draft has a vocabulary of 100 tokens, this model one of 259"):
         llm.generate(prompts, draft=other)
+    renamed = save_chat_model(tmp_path / "renamed")
+    text = (renamed / "tokenizer.json").read_text()
+    (renamed / "tokenizer.json").write_text(
+        text.replace('"a"', '"swap"').replace('"b"', '"a"').replace('"swap"', '"b"')
+    )
+    with pytest.raises(InputError, match="the draft's tokenizer gives other numbers to tokens"):
+        llm.generate(prompts, draft=LLM(renamed, device="cpu"))
     with pytest.raises(InputError, match=r"the draft takes texts of 40 tokens, this model 512; .* with max_length=40"):
         llm.generate(prompts, draft=LLM(sparse, device="cpu", max_length=40))
 
