@@ -17,7 +17,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,8 @@ from sparsert.cli_options import build_parser
 from sparsert.errors import InputError, SparsertError
 
 if TYPE_CHECKING:
-    from sparsert.engine import LLM, Completion, SamplingParams
+    from sparsert.engine import Completion
+    from sparsert.engine.growing_text import StreamCallback
     from sparsert.schedule import LayerPlan
 
 EXIT_BUG = 1
@@ -93,7 +94,7 @@ def generate(arguments: argparse.Namespace) -> None:
     prompts = _read_prompts(arguments)
     if arguments.stream and len(prompts) > 1:
         raise InputError(f"--stream shows one text as it comes, but there are {len(prompts)} prompts; leave it out")
-    blocks = _parse_block_options(arguments)
+    blocks, draft_blocks = _parse_block_options(arguments), _parse_draft_options(arguments)
     from sparsert.engine import LLM, SamplingParams
 
     options = {name: getattr(arguments, name) for name in _SAMPLING_OPTIONS}
@@ -119,16 +120,35 @@ def generate(arguments: argparse.Namespace) -> None:
         masks=arguments.masks,
         remove_blocks=blocks.removed,
         block_order=blocks.order,
+        skip_attention=blocks.skip_attention,
+        skip_mlp=blocks.skip_mlp,
         force_remove=arguments.force_remove,
         max_length=arguments.max_length,
         backend=arguments.backend,
         mask_maker=mask_maker,
         progress=sys.stderr.isatty(),
     )
+    draft_plan = None
+    if draft_blocks is not None:
+        # a draft costs time, never quality: no block is guarded, and what the model skips the draft skips as well
+        wanted = draft_blocks.plan(llm.plan.num_blocks, force=True)
+        draft_plan = wanted.intersect(llm.plan)
+
+    def run(stream: StreamCallback | None = None) -> list[Completion]:
+        return llm.generate(
+            prompts,
+            params,
+            stream=stream,
+            chat=arguments.chat,
+            draft_plan=draft_plan,
+            draft=arguments.draft_model,
+            draft_tokens=arguments.draft_tokens,
+        )
+
     if arguments.stream:
-        _print_stream(llm, prompts, params, arguments.chat)
+        _print_stream(run)
         return
-    completions = llm.generate(prompts, params, chat=arguments.chat)
+    completions = run()
     if arguments.json:
         summary = llm.summary()
         for completion in completions:
@@ -156,7 +176,7 @@ def prune(arguments: argparse.Namespace) -> None:
     directory = resolve_checkpoint(arguments.model)
     checkpoint = open_checkpoint(directory)
     DecoderConfig.from_hf(checkpoint.config)  # refuses what could not be run afterwards
-    plan = blocks.plan(checkpoint.num_blocks, arguments.force_remove)
+    plan = blocks.plan(checkpoint.num_blocks, force=arguments.force_remove)
     summary = prune_checkpoint(
         checkpoint,
         output,
@@ -164,7 +184,7 @@ def prune(arguments: argparse.Namespace) -> None:
         mask_maker=None if arguments.method == "none" else lambda name, weight: magnitude_mask(weight, name=name),
         # a path of this machine means nothing to the next reader, its last part may
         base_model=directory.resolve().name if Path(arguments.model).expanduser().exists() else arguments.model,
-        kept_blocks=plan.kept,
+        plan=plan,
         progress=True,
     )
     if arguments.json:
@@ -201,35 +221,62 @@ def env(arguments: argparse.Namespace) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _BlockOptions:
-    """Which blocks the options remove: a list, or an order file and a count."""
+    """What the options leave out: blocks by a list, or by an order file and a count; and halves of blocks."""
 
     removed: tuple[int, ...] | None = None
     order: tuple[str, int] | None = None
+    skip_attention: str | tuple[()] = ()
+    skip_mlp: str | tuple[()] = ()
 
-    def plan(self, num_blocks: int, force: bool) -> LayerPlan:
+    def plan(self, num_blocks: int, *, force: bool) -> LayerPlan:
         from sparsert.schedule import LayerPlan, read_block_order
 
         removed = self.removed or ()
         if self.order is not None:
             path, count = self.order
             removed = read_block_order(path, count, num_blocks, force=force)
-        return LayerPlan.remove(num_blocks, removed, force=force)
+        return LayerPlan.remove(
+            num_blocks, removed, skip_attention=self.skip_attention, skip_mlp=self.skip_mlp, force=force
+        )
 
 
 def _parse_block_options(arguments: argparse.Namespace) -> _BlockOptions:
     listed, file, count = arguments.remove_blocks, arguments.block_order, arguments.remove_count
     if (file is None) != (count is None):
         raise InputError("--block-order FILE and --remove-count N belong together; give both or neither")
-    if listed is None:
-        return _BlockOptions(order=None if file is None else (file, count))
-    if file is not None:
+    if listed is not None and file is not None:
         raise InputError("--remove-blocks and --block-order both say what to remove; give one of them")
+    whole = _BlockOptions(order=(file, count)) if file is not None else _parse_listed("--remove-blocks", listed)
+    return _without_halves(whole, arguments.skip_attention, arguments.skip_mlp)
+
+
+def _parse_draft_options(arguments: argparse.Namespace) -> _BlockOptions | None:
+    """What the draft leaves out; None if no option says so."""
+    listed, attention, mlp = arguments.draft_remove_blocks, arguments.draft_skip_attention, arguments.draft_skip_mlp
+    if listed is None and attention is None and mlp is None:
+        return None
+    if arguments.draft_model is not None:
+        raise InputError(
+            "--draft-model names another model to draft with, the other --draft options shorten this one for it; give "
+            "one of the two"
+        )
+    return _without_halves(_parse_listed("--draft-remove-blocks", listed), attention, mlp)
+
+
+def _without_halves(whole: _BlockOptions, attention: str | None, mlp: str | None) -> _BlockOptions:
+    return dataclasses.replace(
+        whole, skip_attention=() if attention is None else attention, skip_mlp=() if mlp is None else mlp
+    )
+
+
+def _parse_listed(option: str, listed: str | None) -> _BlockOptions:
+    """A block list, or an order file and a count."""
+    if listed is None:
+        return _BlockOptions()
     path, colon, number = listed.rpartition(":")
     if colon:
         if not number.isdigit():
-            raise InputError(
-                f"--remove-blocks {listed}: after the colon stands how many blocks to remove, e.g. {path}:6"
-            )
+            raise InputError(f"{option} {listed}: after the colon stands how many blocks to remove, e.g. {path}:6")
         return _BlockOptions(order=(path, int(number)))
     from sparsert.schedule import parse_block_list
 
@@ -251,11 +298,11 @@ def _read_prompts(arguments: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _print_stream(llm: LLM, prompts: list[str], params: SamplingParams, chat: bool) -> None:
+def _print_stream(run: Callable[[StreamCallback], list[Completion]]) -> None:
     def show(index: int, text: str, token_ids: Sequence[int]) -> None:
         print(text, end="", flush=True)
 
-    completions = llm.generate(prompts, params, chat=chat, stream=show)
+    completions = run(show)
     print()
     _say_timings(completions)
 
@@ -283,6 +330,14 @@ def _say_timings(completions: Sequence[Completion]) -> None:
         f"{new_tokens} tokens for {len(completions)} prompt(s): load {batches[0].load_s:.1f} s, "
         f"prefill {prefill_ms:.0f} ms{rate}"
     )
+    drafts = [timings.speculation for timings in batches if timings.speculation is not None]
+    drafted, rounds = sum(draft.drafted for draft in drafts), sum(draft.rounds for draft in drafts)
+    if drafted:
+        accepted = sum(draft.accepted for draft in drafts)
+        _say(
+            f"draft of {drafts[0].draft_tokens}: {accepted / drafted:.1%} of {drafted} tokens stood, "
+            f"{1 + accepted / rounds:.2f} tokens a round"
+        )
 
 
 def _say(sentence: str) -> None:

@@ -43,10 +43,12 @@ examples:
   sparsert generate --model meta-llama/Llama-3.1-8B --masks mask_compressed.npz --prompt "Once"
   sparsert generate --model DIR --remove-blocks 21-25,27 --prompt "Once" --temperature 0.7 --seed 1
   sparsert generate --model DIR --remove-blocks block_order.csv:6 --prompts prompts.txt --json
+  sparsert generate --model DIR --draft-remove-blocks 10-19,22 --draft-tokens 4 --prompt "Once"
 
 Weights whose zeros already form 2:4 are found and packed; nothing has to be said about them. A mask
 file is MaskLLM's mask_compressed.npz. A block order file is Shortened LLaMA's: one line of block
-numbers, the one to remove first standing first.
+numbers, the one to remove first standing first. A draft proposes tokens that the model then checks several
+at a time: the texts stay what they would be without it, only sooner if most proposals stand.
 """
 
 _PRUNE_EXAMPLES = """\
@@ -153,6 +155,17 @@ def _add_generate(commands: Any, run: Command) -> None:
         "--max-length", metavar="N", type=int, help="tokens of prompt and text that must fit (default: as needed)"
     )
 
+    draft = command.add_argument_group("drafting (speculative decoding)")
+    draft.add_argument(
+        "--draft-remove-blocks",
+        metavar="LIST",
+        help="draft with the same model without these blocks, as --remove-blocks",
+    )
+    draft.add_argument("--draft-skip-attention", metavar="LIST", help="... without the attention of these blocks")
+    draft.add_argument("--draft-skip-mlp", metavar="LIST", help="... without the feed-forward layer of these blocks")
+    draft.add_argument("--draft-model", metavar="DIR|ID", help="draft with this model, of the same vocabulary, instead")
+    draft.add_argument("--draft-tokens", metavar="K", type=int, help="tokens to draft at a time, 1-16 (default: 4)")
+
     output = command.add_argument_group("output").add_mutually_exclusive_group()
     output.add_argument("--stream", action="store_true", help="print the text as it is made (one prompt only)")
     output.add_argument("--json", action="store_true", help="print one JSON object a prompt, a line each")
@@ -192,7 +205,11 @@ def _add_block_options(group: Any) -> None:
     group.add_argument("--block-order", metavar="FILE", help="order file, with --remove-count")
     group.add_argument("--remove-count", metavar="N", type=int, help="how many blocks of the order file to leave out")
     group.add_argument(
+        "--skip-attention", metavar="LIST", help="blocks that run without their attention, e.g. 20,23-25"
+    )
+    group.add_argument("--skip-mlp", metavar="LIST", help="blocks that run without their feed-forward layer")
+    group.add_argument(
         "--force-remove",
         action="store_true",
-        help="allow blocks 0-3 and the last two, without which most models break",
+        help="allow blocks 0-3 and the last two, without which, or halves of which, most models break",
     )

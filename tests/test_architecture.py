@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "formats": {"errors"},
     "ops": {"errors", "formats", "kernels"},
     "nn": {"errors", "formats", "ops"},
-    "checkpoint": {"errors", "formats"},
+    "checkpoint": {"errors", "formats", "schedule"},
     "schedule": {"errors"},
     "compress": {"errors", "formats"},
     "models": {"errors", "formats", "ops", "nn", "checkpoint", "schedule"},

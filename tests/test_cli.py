@@ -143,6 +143,40 @@ def test_every_way_to_remove_blocks_is_the_same(capsys: Capture, pruned: Path, t
     assert whole["token_ids"] != answers[0]["token_ids"] and forced["model"]["blocks_removed"] == [0]
 
 
+def test_halves_of_blocks(capsys: Capture, pruned: Path, tmp_path: Path) -> None:
+    halves = ("--remove-blocks", "4", "--skip-attention", "2,5", "--skip-mlp", "3", "--force-remove")
+    arguments = ("--prompt", "abc", "--max-new-tokens", 8)
+    (skipped,) = generate(capsys, "--model", pruned, *arguments, *halves)
+    assert skipped["model"]["without_attention"] == [2, 5] and skipped["model"]["without_mlp"] == [3]
+    run(capsys, "prune", "--model", pruned, "--method", "none", *halves, "--output", tmp_path / "short")
+    (short,) = generate(capsys, "--model", tmp_path / "short", *arguments)
+    assert short["token_ids"] == skipped["token_ids"]
+    plan = "7 of 8 blocks: 0-3,5-7 (removed: 4), without attention in 2,5, without mlp in 3"
+    assert short["model"]["plan"] == skipped["model"]["plan"] == plan
+    assert f"runs {plan}" in run(capsys, "inspect", tmp_path / "short")
+
+
+def test_drafts_give_the_same_text(capsys: Capture, model: Path, pruned: Path) -> None:
+    arguments = ("generate", "--device", "cpu", "--model", model, "--prompt", "abc", "--max-new-tokens", 20)
+    plain = run(capsys, *arguments)
+    for draft in (
+        ("--draft-remove-blocks", "0,3-5"),
+        ("--draft-skip-mlp", "4", "--draft-skip-attention", "5-7", "--draft-tokens", 2),
+        ("--draft-model", pruned, "--draft-tokens", 3),
+    ):
+        assert run(capsys, *arguments, *draft) == plain
+        assert run(capsys, *arguments, *draft, "--stream") == plain
+    assert main([str(argument) for argument in (*arguments, "--draft-remove-blocks", "4", "--draft-tokens", "2")]) == 0
+    assert "tokens stood" in capsys.readouterr().err
+    shortened = (*arguments, "--remove-blocks", "4", "--json")
+    answer = json.loads(run(capsys, *shortened, "--draft-remove-blocks", "5", "--draft-tokens", 3))
+    assert answer["text"] == json.loads(run(capsys, *shortened))["text"]
+    record = answer["timings"]["speculation"]
+    assert record["draft_tokens"] == 3 and record["drafted"] == 3 * record["rounds"]
+    assert record["acceptance_rate"] == record["accepted"] / record["drafted"]
+    assert json.loads(run(capsys, *shortened))["timings"]["speculation"] is None
+
+
 def test_without_a_model_the_default_is_fetched_and_pruned(
     capsys: Capture, model: Path, pruned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -198,6 +198,9 @@ def test_mask_files_that_are_none(capsys: Capture, model: Path, tmp_path: Path) 
         (("--remove-blocks", "4,4"), "named twice"),
         (("--remove-blocks", "absent.csv:2"), "block order absent.csv: cannot be read"),
         (("--remove-blocks", "absent.csv:two"), "after the colon stands how many blocks to remove"),
+        (("--skip-attention", "0"), "refusing to skip the attention of block 0 of 8"),
+        (("--skip-mlp", ""), "'' is neither a block number nor a range"),
+        (("--skip-mlp", "4", "--remove-blocks", "4"), "cannot skip the mlp of block 4: the plan removes it as a whole"),
         (("--block-order", "absent.csv"), "--block-order FILE and --remove-count N belong together"),
         (("--remove-count", "2"), "--block-order FILE and --remove-count N belong together"),
         (("--remove-blocks", "4", "--block-order", "a.csv", "--remove-count", "2"), "give one of them"),
@@ -207,6 +210,21 @@ def test_blocks(capsys: Capture, model: Path, tmp_path: Path, options: tuple[str
     assert expected in generate_fails(capsys, model, *options)
     assert expected in fails(capsys, "prune", "--model", model, "--output", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--draft-tokens", "3"), "draft_tokens 3 without a draft"),
+        (("--draft-remove-blocks", "4", "--draft-tokens", "99"), "draft_tokens is 99; it must be a whole number, 1-16"),
+        (("--draft-remove-blocks", "9"), "cannot remove block 9: the model has 8 blocks"),
+        (("--draft-remove-blocks", "order.csv:x"), "--draft-remove-blocks order.csv:x: after the colon stands"),
+        (("--draft-skip-mlp", "4", "--draft-model", "x"), "give one of the two"),
+        (("--draft-model", "./absent"), "no such directory"),
+    ],
+)
+def test_drafts(capsys: Capture, model: Path, options: tuple[str, ...], expected: str) -> None:
+    assert expected in generate_fails(capsys, model, *options)
 
 
 def test_unknown_architecture(capsys: Capture, copy: Copy) -> None:

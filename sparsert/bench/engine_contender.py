@@ -8,8 +8,10 @@ what the host does beside it. ``torch-sparse`` is this same engine with every pa
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,15 +42,25 @@ class TimedRunner(Runner):
 
     def decode(self, tokens: Tensor, longest: int) -> Tensor:
         """See :meth:`Runner.decode`."""
-        if self.model.device.type != "cuda":
+        with self._between_events():
             return super().decode(tokens, longest)
+
+    def decode_greedy(self, tokens: Tensor, longest: int) -> Tensor:
+        """See :meth:`Runner.decode_greedy`."""
+        with self._between_events():
+            return super().decode_greedy(tokens, longest)
+
+    @contextlib.contextmanager
+    def _between_events(self) -> Iterator[None]:
+        if self.model.device.type != "cuda":
+            yield
+            return
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         stream = torch.cuda.current_stream(self.model.device)
         begin.record(stream)
-        logits = super().decode(tokens, longest)
+        yield
         end.record(stream)
         self._events.append((begin, end))
-        return logits
 
     def take_step_seconds(self) -> list[float]:
         """Seconds of the steps since the last call, which are forgotten; empty on a CPU."""

@@ -22,9 +22,11 @@ from typing import Any
 import torch
 
 from sparsert.checkpoint.reader import Checkpoint
+from sparsert.checkpoint.writer import stored_plan
 from sparsert.errors import SparsertError
 from sparsert.formats.groups import comparable, count_groups
 from sparsert.formats.packed import PACKED_DTYPES, packed_nbytes
+from sparsert.schedule import LayerPlan
 
 #: Share of zeros from which a weight that is not 2:4 counts as pruned some other way.
 OTHER_ZERO_SHARE = 0.25
@@ -69,6 +71,7 @@ class CheckpointReport:
         supported: whether sparsert can run it; None if nobody was asked.
         unsupported_reason: why not.
         num_blocks: transformer blocks; None where ``config.json`` does not say.
+        plan: which of them run, by ``per_layer_config``; None likewise.
         record: what ``sparsert prune`` recorded (method, kept and removed blocks), or None.
         tensors: one report a tensor, in file order.
     """
@@ -78,6 +81,7 @@ class CheckpointReport:
     supported: bool | None
     unsupported_reason: str | None
     num_blocks: int | None
+    plan: LayerPlan | None
     record: dict[str, Any] | None
     tensors: tuple[TensorReport, ...]
 
@@ -135,12 +139,12 @@ class CheckpointReport:
             f"all tensors: {totals['bytes'] / 1e6:.1f} MB stored, {totals['device_bytes'] / 1e6:.1f} MB on the device",
         ]
         if self.record is not None:
-            removed = self.record.get("removed_blocks") or []
             lines.append(
                 f"pruned by sparsert {self.record.get('version')}: method {self.record.get('method')}, base model "
-                f"{self.record.get('base_model')}, removed blocks {', '.join(map(str, removed)) or 'none'} "
-                f"of {self.record.get('base_num_blocks')}"
+                f"{self.record.get('base_model')}, runs {LayerPlan.from_record(self.record)}"
             )
+        elif self.plan is not None and self.plan != LayerPlan.full(self.plan.num_blocks):
+            lines.append(f"runs {self.plan} (per_layer_config)")
         if totals["broken_claims"]:
             lines.append(
                 f"broken: {len(totals['broken_claims'])} weights are said to be 2:4 and are not, the first "
@@ -188,6 +192,7 @@ def inspect_checkpoint(
         supported=supported,
         unsupported_reason=reason,
         num_blocks=depth if isinstance(depth, int) else None,
+        plan=stored_plan(config, depth) if isinstance(depth, int) else None,
         record=record if isinstance(record, dict) else None,
         tensors=tuple(tensors),
     )

@@ -11,17 +11,20 @@ zeros are recognised as 2:4 and packed when it is loaded. What was done stands i
       "base_num_blocks": 30,
       "kept_blocks": [0, 1, ...],    in the numbering of the base model
       "removed_blocks": [...],       likewise
+      "without_attention": [...],    kept blocks without this half, likewise
+      "without_mlp": [...],          likewise
       "dense_linears": [...]         block linears (new numbering) that could not be masked
     }
 
 Pruning a pruned checkpoint again keeps the numbering of the first base model. ``pattern`` is a
 claim: a loader that finds a third value in a group then reports an error and does not go dense.
+:meth:`sparsert.schedule.LayerPlan.from_record` reads back what was removed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,9 @@ from torch import Tensor
 
 from sparsert import __version__
 from sparsert.checkpoint.reader import Checkpoint, block_of, rename_block
-from sparsert.checkpoint.writer import SHARD_BYTES, write_checkpoint
+from sparsert.checkpoint.writer import SHARD_BYTES, stored_plan, write_checkpoint
+from sparsert.errors import CheckpointError
+from sparsert.schedule import LayerPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,7 @@ class PruneSummary:
         method: name of the mask method.
         num_blocks: blocks of the source.
         removed_blocks: blocks left out, in the numbering of the source.
+        without_attention, without_mlp: blocks of which only this half was left out, likewise.
         masked_linears: how many block linears are now 2:4.
         dense_linears: block linears (new numbering) whose input width is no multiple of 4.
         zero_share: share of zeros in the masked linears, 0-1.
@@ -52,6 +58,8 @@ class PruneSummary:
     method: str
     num_blocks: int
     removed_blocks: tuple[int, ...]
+    without_attention: tuple[int, ...]
+    without_mlp: tuple[int, ...]
     masked_linears: int
     dense_linears: tuple[str, ...]
     zero_share: float
@@ -69,7 +77,7 @@ def prune_checkpoint(
     method: str,
     mask_maker: Callable[[str, Tensor], Tensor] | None,
     base_model: str,
-    kept_blocks: Sequence[int] | None = None,
+    plan: LayerPlan | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
 ) -> PruneSummary:
@@ -82,7 +90,7 @@ def prune_checkpoint(
         mask_maker: called with name and weight ``[out_features, in_features]``, returns a bool mask (True keeps);
             None leaves the weights as they are.
         base_model: name to record; an earlier record in ``source`` wins.
-        kept_blocks: increasing indices of the blocks to keep, default all.
+        plan: what to keep, default all; what the source itself skips stays away.
         shard_bytes: most bytes of tensors in one file.
         progress: show a bar on standard error if that is a terminal.
 
@@ -90,12 +98,13 @@ def prune_checkpoint(
         What was done.
 
     Raises:
-        InputError: ``output`` is not free, ``kept_blocks`` out of range, or a weight cannot be masked.
+        InputError: ``output`` is not free, a plan for another number of blocks, or a weight cannot be masked.
         CheckpointError: the source is damaged, or the target cannot be written.
     """
-    kept = list(range(source.num_blocks)) if kept_blocks is None else list(kept_blocks)
-    linears = set() if mask_maker is None else set(source.block_linears(kept))
-    position = {block: index for index, block in enumerate(kept)}
+    stored = stored_plan(source.config, source.num_blocks)
+    plan = stored if plan is None else stored.intersect(plan)
+    linears = set() if mask_maker is None else set(source.block_linears(plan.kept))
+    position = {block: index for index, block in enumerate(plan.kept)}
     dense: list[str] = []
     zeros = positions = masked = 0
 
@@ -113,16 +122,18 @@ def prune_checkpoint(
         return pruned
 
     def record() -> dict[str, Any]:
-        return _record(source, kept, method if mask_maker else "none", bool(mask_maker), dense, base_model)
+        return _record(source, plan, method if mask_maker else "none", bool(mask_maker), dense, base_model)
 
     total_bytes = write_checkpoint(
-        source, output, kept_blocks=kept, transform=mask, record=record, shard_bytes=shard_bytes, progress=progress
+        source, output, plan=plan, transform=mask, record=record, shard_bytes=shard_bytes, progress=progress
     )
     return PruneSummary(
         output=Path(output).expanduser(),
         method=method if mask_maker else "none",
         num_blocks=source.num_blocks,
-        removed_blocks=tuple(sorted(set(range(source.num_blocks)) - set(kept))),
+        removed_blocks=plan.removed,
+        without_attention=plan.without_attention,
+        without_mlp=plan.without_mlp,
         masked_linears=masked,
         dense_linears=tuple(dense),
         zero_share=zeros / positions if positions else 0.0,
@@ -130,18 +141,43 @@ def prune_checkpoint(
     )
 
 
+def base_plan(config: Mapping[str, Any], plan: LayerPlan) -> LayerPlan:
+    """A plan of a checkpoint in the numbering of the model that it was pruned from.
+
+    Args:
+        config: content of ``config.json``; without a record the checkpoint is its own base.
+        plan: what of the checkpoint runs, in its own numbering.
+
+    Raises:
+        CheckpointError: the record is damaged, or is not one of ``plan.num_blocks`` kept blocks.
+    """
+    record = config.get("sparsert")
+    if not isinstance(record, dict) or "kept_blocks" not in record:
+        return plan
+    earlier = LayerPlan.from_record(record)
+    if len(earlier.kept) != plan.num_blocks:
+        raise CheckpointError(
+            f"config.json: num_hidden_layers is {plan.num_blocks}, but the sparsert record names {len(earlier.kept)} "
+            f"kept blocks; config.json was changed, prune the model again"
+        )
+
+    def original(blocks: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(earlier.kept[block] for block in blocks)
+
+    return LayerPlan(
+        earlier.num_blocks, original(plan.kept), original(plan.without_attention), original(plan.without_mlp)
+    )
+
+
 def _record(
-    source: Checkpoint, kept: list[int], method: str, masked: bool, dense: list[str], base_model: str
+    source: Checkpoint, plan: LayerPlan, method: str, masked: bool, dense: list[str], base_model: str
 ) -> dict[str, Any]:
     earlier = source.config.get("sparsert")
     earlier = earlier if isinstance(earlier, dict) else {}
-    original = earlier.get("kept_blocks", list(range(source.num_blocks)))
-    base_num_blocks = earlier.get("base_num_blocks", source.num_blocks)
-    kept_original = [original[block] for block in kept]
     if not masked and earlier.get("pattern"):
         # the weights pass through as they are, and so does what is said of them
         method, pattern = earlier.get("method", method), earlier["pattern"]
-        position = {block: index for index, block in enumerate(kept)}
+        position = {block: index for index, block in enumerate(plan.kept)}
         dense = [
             rename_block(name, position[block_of(name) or 0])
             for name in earlier.get("dense_linears", ())
@@ -149,13 +185,16 @@ def _record(
         ]
     else:
         pattern = "2:4" if masked else None
+    original = base_plan(source.config, plan)
     return {
         "version": __version__,
         "method": method,
         "pattern": pattern,
         "base_model": earlier.get("base_model", base_model),
-        "base_num_blocks": base_num_blocks,
-        "kept_blocks": kept_original,
-        "removed_blocks": sorted(set(range(base_num_blocks)) - set(kept_original)),
+        "base_num_blocks": original.num_blocks,
+        "kept_blocks": list(original.kept),
+        "removed_blocks": list(original.removed),
+        "without_attention": list(original.without_attention),
+        "without_mlp": list(original.without_mlp),
         "dense_linears": dense,
     }

@@ -6,7 +6,9 @@ written into a hidden directory beside the target, which is renamed when the las
 disk: a run that dies leaves nothing under the target's name.
 
 Removed blocks are left out and the others renumbered 0, 1, 2, ..., because that is what every
-loader expects; lists in the configuration that hold one entry a block are cut the same way. Which
+loader expects; lists in the configuration that hold one entry a block are cut the same way. A block
+without its attention or mlp loses the tensors of that half, norms included, and ``config.json`` says so
+where transformers' configurations do: ``"per_layer_config": {"2": {"skip": ["mlp"]}}``. Which
 blocks are gone could not be told from the result any more, so the caller's ``record`` goes into
 ``config.json`` under ``sparsert``.
 """
@@ -29,6 +31,7 @@ from sparsert.checkpoint.layer_types import layer_types
 from sparsert.checkpoint.reader import Checkpoint, block_of, rename_block
 from sparsert.checkpoint.safetensors_file import SafetensorsWriter
 from sparsert.errors import CheckpointError, InputError
+from sparsert.schedule import LayerPlan
 
 #: Bytes of tensors in one file; the hub and its tools cut at the same size.
 SHARD_BYTES = 5_000_000_000
@@ -42,35 +45,47 @@ _BLOCK_INDEX_LISTS = ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices")
 _NEVER_PER_BLOCK = ("architectures", "*token_id", "*token_ids", "keys_to_ignore*")
 
 
-def pruned_config(config: Mapping[str, Any], kept_blocks: Sequence[int]) -> dict[str, Any]:
-    """The configuration of a model that keeps only some blocks.
+def stored_plan(config: Mapping[str, Any], num_blocks: int) -> LayerPlan:
+    """What a checkpoint runs of its own blocks: all, but for what its ``per_layer_config`` skips."""
+    return LayerPlan.from_per_layer_config(num_blocks, config.get("per_layer_config"))
+
+
+def pruned_config(config: Mapping[str, Any], plan: LayerPlan) -> dict[str, Any]:
+    """The configuration of a model that keeps only what a plan runs.
 
     Args:
         config: content of ``config.json``.
-        kept_blocks: increasing indices of the blocks that stay.
+        plan: what stays.
 
     Returns:
-        A copy with ``num_hidden_layers`` reduced and per-block lists cut (``layer_types`` and the like).
+        A copy with ``num_hidden_layers`` reduced, per-block lists cut (``layer_types`` and the like), and skipped
+        halves of blocks under ``per_layer_config``.
 
     Example:
-        >>> pruned_config({"num_hidden_layers": 3, "layer_types": ["a", "b", "c"]}, [0, 2])
+        >>> config = {"num_hidden_layers": 3, "layer_types": ["a", "b", "c"]}
+        >>> pruned_config(config, LayerPlan.remove(3, [1], force=True))
         {'num_hidden_layers': 2, 'layer_types': ['a', 'c']}
+        >>> pruned_config(config, LayerPlan.remove(3, skip_mlp=[2], force=True))["per_layer_config"]
+        {'2': {'skip': ['mlp']}}
     """
     pruned = copy.deepcopy(dict(config))
     depth = pruned["num_hidden_layers"]
-    position = {block: index for index, block in enumerate(kept_blocks)}
+    position = {block: index for index, block in enumerate(plan.kept)}
     for key, value in pruned.items():
         if key in _BLOCK_INDEX_LISTS and isinstance(value, list):
             pruned[key] = [position[block] for block in value if block in position]
         elif key == "per_layer_config" and isinstance(value, dict):
             pruned[key] = {str(position[int(k)]): v for k, v in value.items() if int(k) in position}
         elif isinstance(value, list) and len(value) == depth and not _matches(key, _NEVER_PER_BLOCK):
-            pruned[key] = [value[block] for block in kept_blocks]
+            pruned[key] = [value[block] for block in plan.kept]
     types = layer_types(config)
-    if types is not None and len(kept_blocks) < depth:
+    if types is not None and len(plan.kept) < depth:
         # said outright: the rule that they follow from counts blocks, and some of these are gone
-        pruned["layer_types"] = [types[block] for block in kept_blocks]
-    pruned["num_hidden_layers"] = len(kept_blocks)
+        pruned["layer_types"] = [types[block] for block in plan.kept]
+    pruned["num_hidden_layers"] = len(plan.kept)
+    for part, blocks in (("attention", plan.without_attention), ("mlp", plan.without_mlp)):
+        for block in blocks:
+            pruned.setdefault("per_layer_config", {}).setdefault(str(position[block]), {})["skip"] = [part]
     return pruned
 
 
@@ -91,18 +106,18 @@ def write_checkpoint(
     source: Checkpoint,
     output: str | Path,
     *,
-    kept_blocks: Sequence[int] | None = None,
+    plan: LayerPlan | None = None,
     transform: Callable[[str, Tensor], Tensor] | None = None,
     record: Callable[[], Mapping[str, Any]] | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
 ) -> int:
-    """Copy a checkpoint, changing tensors and leaving out blocks on the way.
+    """Copy a checkpoint, changing tensors and leaving out blocks, or halves of them, on the way.
 
     Args:
         source: the opened checkpoint.
         output: directory to create; an empty one may exist.
-        kept_blocks: increasing indices of the blocks to keep, default all.
+        plan: what to keep, default all; what the source itself skips stays away.
         transform: called with the name in ``source`` and the tensor; returns one of the same shape and dtype.
         record: called after the last tensor; what it returns is stored in ``config.json`` under ``sparsert``.
         shard_bytes: most bytes of tensors in one file.
@@ -112,15 +127,14 @@ def write_checkpoint(
         Bytes of tensors written.
 
     Raises:
-        InputError: ``output`` is not free, or ``kept_blocks`` is not increasing and in range.
+        InputError: ``output`` is not free, or a plan for another number of blocks.
         CheckpointError: the source is damaged, or the disk is full or read-only.
     """
     output = Path(output).expanduser()
     check_output(output)
-    kept = list(range(source.num_blocks)) if kept_blocks is None else list(kept_blocks)
-    if not kept or sorted(set(kept)) != kept or kept[0] < 0 or kept[-1] >= source.num_blocks:
-        raise InputError(f"kept_blocks {kept}: must be increasing block indices from 0-{source.num_blocks - 1}")
-    new_names = _new_names(source, kept)
+    stored = stored_plan(source.config, source.num_blocks)
+    plan = stored if plan is None else stored.intersect(plan)
+    new_names = _new_names(source, plan)
     shards = _shards(source, list(new_names), shard_bytes)
     temporary = output.absolute().with_name(f".{output.name}.{os.getpid()}.partial")
     try:
@@ -128,7 +142,7 @@ def write_checkpoint(
         try:
             _write_shards(source, temporary, shards, new_names, transform or _unchanged, progress)
             _copy_small_files(source.directory, temporary)
-            config = pruned_config(source.config, kept)
+            config = pruned_config(source.config, plan)
             if record is not None:
                 config["sparsert"] = dict(record())
             _write_json(temporary / "config.json", config)
@@ -145,9 +159,9 @@ def write_checkpoint(
     return sum(source.nbytes(name) for name in new_names)
 
 
-def _new_names(source: Checkpoint, kept: list[int]) -> dict[str, str]:
+def _new_names(source: Checkpoint, plan: LayerPlan) -> dict[str, str]:
     """Name in the source -> name in the copy, for every tensor that stays."""
-    position = {block: index for index, block in enumerate(kept)}
+    position = {block: index for index, block in enumerate(plan.kept)}
     names: dict[str, str] = {}
     for name in source.names:
         block = block_of(name)
@@ -158,9 +172,22 @@ def _new_names(source: Checkpoint, kept: list[int]) -> dict[str, str]:
                 f"{source.directory}: tensor {name!r} belongs to block {block}, but config.json says there are "
                 f"{source.num_blocks}; config.json is of another checkpoint"
             )
-        elif block in position:
+        elif block in position and _half_runs(source, name, block, plan):
             names[name] = rename_block(name, position[block])
     return names
+
+
+def _half_runs(source: Checkpoint, name: str, block: int, plan: LayerPlan) -> bool:
+    """Whether the half of a block that a tensor belongs to, its norms included, runs."""
+    prefix, dot, inside = name.partition(f"layers.{block}.")
+    part = inside.partition(".")[0]
+    # where a norm stands before and behind each half, this one is the second of attention; else the first of the mlp
+    sandwiched = f"{prefix}{dot}pre_feedforward_layernorm.weight" in source
+    if part in ("self_attn", "input_layernorm") or (part == "post_attention_layernorm" and sandwiched):
+        return plan.runs_attention(block)
+    if part in ("mlp", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"):
+        return plan.runs_mlp(block)
+    return True
 
 
 def _shards(source: Checkpoint, names: list[str], shard_bytes: int) -> list[list[str]]:

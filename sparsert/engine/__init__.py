@@ -2,6 +2,6 @@
 
 from sparsert.engine.llm import LLM
 from sparsert.engine.params import SamplingParams
-from sparsert.engine.results import Completion, Timings
+from sparsert.engine.results import Completion, SpeculationStats, Timings
 
-__all__ = ["LLM", "Completion", "SamplingParams", "Timings"]
+__all__ = ["LLM", "Completion", "SamplingParams", "SpeculationStats", "Timings"]

@@ -129,3 +129,57 @@ class DecodeAttention:
         if isinstance(attended, ops.Tiled):  # with a dimension of one token, as everywhere in the model
             return dataclasses.replace(attended, shape=torch.Size((attended.shape[0], 1, attended.shape[1])))
         return attended.unsqueeze(1)
+
+
+class ExtendAttention:
+    """Attention of several new tokens per row over the cache and each other: the check of drafted tokens.
+
+    Written out in torch, which serves a CPU and a GPU alike; no shape depends on a length, so it can be captured.
+    """
+
+    def __init__(self, cache: KVCache, lengths: Tensor, window: int) -> None:
+        """Prepare one step.
+
+        Args:
+            lengths: int64 ``[batch]``, tokens in the cache before this step; the new ones go behind them, and a row
+                must have room for all of them.
+            window: positions that are read; at least the new length of any row that matters.
+        """
+        self._cache = cache
+        self._lengths = lengths
+        self._window = window
+
+    def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor:
+        """See :class:`sparsert.models.decoder.Attention`."""
+        shape, keys, values = layer.shape, self._cache.keys[slot], self._cache.values[slot]
+        batch, count = heads.shape[:2]
+        kv_heads, head_dim, window = shape.num_kv_heads, shape.head_dim, self._window
+        positions = self._lengths.unsqueeze(1) + torch.arange(count, device=heads.device)
+        q, k, v = layer.split(heads, positions)
+        # one row of the cache for each text, token and head
+        first = torch.arange(batch * kv_heads, device=heads.device).view(batch, 1, kv_heads) * keys.shape[2]
+        rows = (first + positions.unsqueeze(2)).flatten()
+        keys.view(-1, head_dim).index_copy_(0, rows, k.reshape(-1, head_dim))
+        values.view(-1, head_dim).index_copy_(0, rows, v.reshape(-1, head_dim))
+        past = torch.arange(window, device=heads.device)
+        visible = past <= positions.unsqueeze(2)
+        if shape.sliding_window is not None:
+            visible &= past > positions.unsqueeze(2) - shape.sliding_window
+        # the queries of one key/value head stand together: [batch, kv_heads, group * tokens, head_dim]
+        group = shape.num_heads // kv_heads
+        grouped = q.unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
+        visible = visible.repeat(1, group, 1).unsqueeze(1)
+        attended = _attend(grouped, keys[:batch, :, :window], values[:batch, :, :window], visible, shape)
+        return attended.view(batch, kv_heads, group, count, head_dim).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, shape: AttentionShape) -> Tensor:
+    """Masked attention: q ``[batch, heads, queries, head_dim]``, visible bool ``[batch, 1, queries, window]``."""
+    if shape.softcap is None:
+        mask = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask.expand(-1, q.shape[1], -1, -1), scale=shape.scale
+        )
+    scores = (q @ keys.transpose(-1, -2)).float() * shape.scale
+    scores = shape.softcap * torch.tanh(scores / shape.softcap)
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1).to(q.dtype) @ values

@@ -1,101 +1,26 @@
-"""The generation loop of one batch: prefill once, then decode until every text has ended.
+"""The generation of one batch: prefill once, then decode until every text has ended.
 
 All rows step together; one that has ended runs along until the last has. On a GPU the next step is
 launched before the host looks at the tokens of this one, so Python's work on text and stop conditions
-overlaps with the GPU's; when the last text ends by a stop condition, one step has run for nothing.
+overlaps with the GPU's; when the last text ends by a stop condition, one step has run for nothing. A
+greedy step is one launch, the choice of the token included; sampling follows the step's graph kernel by
+kernel. With a draft, rounds of drafting and checking take the place of steps (:mod:`sparsert.engine.speculate`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from sparsert.engine.growing_text import GrowingText, StreamCallback, deliver
 from sparsert.engine.params import SamplingParams
-from sparsert.engine.results import Timings
+from sparsert.engine.results import SpeculationStats, Timings
 from sparsert.engine.runner import Runner
 from sparsert.engine.sampler import Sampler
-from sparsert.engine.text import Detokenizer, StopScanner, TextStream
-
-#: Called as text comes: (index of the prompt, new text, new token ids).
-StreamCallback = Callable[[int, str, list[int]], None]
-
-
-class GrowingText:
-    """One text while it is generated.
-
-    Attributes:
-        index: place of the prompt in the call.
-        prompt: its token ids.
-        limit: most tokens to generate.
-        token_ids: generated so far.
-        finish_reason: ``"stop"`` or ``"length"`` once it has ended.
-    """
-
-    def __init__(
-        self,
-        index: int,
-        prompt: list[int],
-        limit: int,
-        stop_tokens: frozenset[int],
-        stop: Sequence[str],
-        tokenizer: Detokenizer | None,
-    ) -> None:
-        self.index = index
-        self.prompt = prompt
-        self.limit = limit
-        self.token_ids: list[int] = []
-        self.finish_reason: str | None = None
-        self._stop_tokens = stop_tokens
-        self._stream = TextStream(tokenizer, prompt) if tokenizer is not None else None
-        self._scanner = StopScanner(stop)
-        self._pieces: list[str] = []
-
-    @property
-    def text(self) -> str:
-        """Text so far, without what may still become a stop string."""
-        return "".join(self._pieces)
-
-    def push(self, token: int) -> str:
-        """Add a token; return the text that it makes certain and set ``finish_reason`` if it ends the text."""
-        self.token_ids.append(token)
-        piece = ""
-        if token in self._stop_tokens:
-            self.finish_reason = "stop"
-        else:
-            if self._stream is not None:
-                piece = self._scanner.push(self._stream.push(token))
-            if len(self.token_ids) >= self.limit:
-                self.finish_reason = "length"
-        if self.finish_reason is not None and self._stream is not None:
-            piece += self._scanner.push(self._stream.flush())
-            piece += self._scanner.flush()
-        if self._scanner.stopped:
-            self.finish_reason = "stop"
-        self._pieces.append(piece)
-        return piece
-
-
-class _TokenReader:
-    """Brings tokens to the host; on a GPU the copy is queued first and waited for later."""
-
-    def __init__(self, batch: int, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._host = torch.empty(batch, dtype=torch.int64, pin_memory=self._on_gpu)
-        self._copied = torch.cuda.Event() if self._on_gpu else None
-
-    def start(self, tokens: Tensor) -> None:
-        self._host.copy_(tokens, non_blocking=self._on_gpu)
-        if self._copied is not None:
-            self._copied.record(torch.cuda.current_stream(tokens.device))
-
-    def finish(self) -> list[int]:
-        if self._copied is not None:
-            self._copied.synchronize()
-        values: list[int] = self._host.tolist()
-        return values
+from sparsert.engine.speculate import Speculator
+from sparsert.engine.token_reader import TokenReader
 
 
 def generate_batch(
@@ -106,6 +31,8 @@ def generate_batch(
     load_s: float = 0.0,
     stream: StreamCallback | None = None,
     look_ahead: bool | None = None,
+    draft: Runner | None = None,
+    draft_tokens: int = 0,
 ) -> Timings:
     """Generate until every text has ended; the texts are changed in place.
 
@@ -116,34 +43,35 @@ def generate_batch(
         stream: called for each new token of each text.
         look_ahead: launch a step before the host has seen the tokens of the last; default on a GPU only,
             because on a CPU there is nothing to overlap with.
+        draft: proposes tokens that ``runner`` then checks several at a time; another plan of the same model, or
+            another model of the same vocabulary.
+        draft_tokens: how many it proposes at a time, 1 to ``MAX_DRAFT_TOKENS``.
     """
     start = time.perf_counter()
-    capture_before_s = runner.capture_s
+    runners = [runner] if draft is None or draft.shares_cache_with(runner) else [runner, draft]
+    capture_before_s = sum(each.capture_s for each in runners)
     prompts = [text.prompt for text in texts]
     room = max(len(text.prompt) + text.limit for text in texts)
     device = runner.model.device
-    look_ahead = device.type == "cuda" if look_ahead is None else look_ahead
-    logits = runner.prefill(prompts, room)
+    logits = runner.prefill(prompts, room, spare=draft_tokens)
     sampler = Sampler(params, prompts, runner.model.config.vocab_size, device)
-    reader = _TokenReader(len(texts), device)
+    speculator = None
+    if draft is not None:
+        speculator = Speculator(runner, draft, draft_tokens, sampler)
+        speculator.prefill(prompts, room)
     tokens = sampler(logits)
-    first = start
-    step = 0  # tokens of each row that the host has seen
-    while True:
-        reader.start(tokens)
-        # not ahead of the first token: its time is reported, and a graph may have to be captured
-        ahead = _decode(runner, sampler, texts, tokens, step) if look_ahead and step else None
-        values = reader.finish()
-        if step == 0:
-            first = time.perf_counter()
-        _deliver(texts, values, stream)
-        step += 1
-        if all(text.finish_reason for text in texts):
-            break
-        following = ahead if ahead is not None else _decode(runner, sampler, texts, tokens, step - 1)
-        assert following is not None, "a text that has not ended wants another token"
-        tokens = following
-    capture_s = runner.capture_s - capture_before_s
+    reader = TokenReader((len(texts),), device)
+    reader.start(tokens)
+    deliver(texts, [[token] for token in reader.finish()], stream)
+    first = time.perf_counter()
+    stats = None
+    if speculator is not None:
+        stats = _rounds(speculator, texts, tokens, stream)
+    else:
+        _steps(
+            runner, sampler, texts, tokens, reader, stream, device.type == "cuda" if look_ahead is None else look_ahead
+        )
+    capture_s = sum(each.capture_s for each in runners) - capture_before_s
     decode_s = max(time.perf_counter() - first - capture_s, 0.0)
     new_tokens = sum(len(text.token_ids) for text in texts)
     decoded = new_tokens - len(texts)
@@ -156,7 +84,32 @@ def generate_batch(
         capture_ms=capture_s * 1e3,
         decode_ms=decode_s * 1e3,
         decode_tok_per_s=decoded / decode_s if decoded and decode_s > 0 else 0.0,
+        speculation=stats,
     )
+
+
+def _steps(
+    runner: Runner,
+    sampler: Sampler,
+    texts: Sequence[GrowingText],
+    tokens: Tensor,
+    reader: TokenReader,
+    stream: StreamCallback | None,
+    look_ahead: bool,
+) -> None:
+    """Decode a token at a time, from the first tokens, which the texts have already."""
+    following = _decode(runner, sampler, texts, tokens, 0)
+    step = 1  # tokens of each row that the host has seen
+    while following is not None:
+        tokens = following
+        reader.start(tokens)
+        following = _decode(runner, sampler, texts, tokens, step) if look_ahead else None
+        deliver(texts, [[token] for token in reader.finish()], stream)
+        if all(text.finish_reason for text in texts):
+            return
+        if following is None:
+            following = _decode(runner, sampler, texts, tokens, step)
+        step += 1
 
 
 def _decode(runner: Runner, sampler: Sampler, texts: Sequence[GrowingText], tokens: Tensor, step: int) -> Tensor | None:
@@ -164,12 +117,27 @@ def _decode(runner: Runner, sampler: Sampler, texts: Sequence[GrowingText], toke
     wanting = [text for text in texts if text.finish_reason is None and step + 1 < text.limit]
     if not wanting:
         return None
-    return sampler(runner.decode(tokens, max(len(text.prompt) for text in wanting) + step))
+    longest = max(len(text.prompt) for text in wanting) + step
+    if sampler.takes_maximum:
+        return runner.decode_greedy(tokens, longest)
+    return sampler(runner.decode(tokens, longest))
 
 
-def _deliver(texts: Sequence[GrowingText], values: Sequence[int], stream: StreamCallback | None) -> None:
-    for text, token in zip(texts, values, strict=True):
-        if text.finish_reason is None:
-            piece = text.push(token)
-            if stream is not None:
-                stream(text.index, piece, [token])
+def _rounds(
+    speculator: Speculator, texts: Sequence[GrowingText], tokens: Tensor, stream: StreamCallback | None
+) -> SpeculationStats:
+    """Decode a round of drafts at a time, from the first tokens, which the texts have already."""
+    width = speculator.draft_tokens + 1
+    reader = TokenReader((len(texts), width + 1), tokens.device)
+    rounds = drafted = accepted = 0
+    while active := [row for row, text in enumerate(texts) if text.finish_reason is None]:
+        # the last token of a text is not in the cache yet
+        longest = max(len(texts[row].prompt) + len(texts[row].token_ids) - 1 for row in active)
+        tokens, outcome = speculator.round(tokens, longest)
+        reader.start(outcome)
+        values = reader.finish()
+        rounds += len(active)
+        drafted += len(active) * speculator.draft_tokens
+        accepted += sum(values[row][width] for row in active)
+        deliver(texts, [row[: row[width] + 1] for row in values], stream)
+    return SpeculationStats(speculator.draft_tokens, rounds, drafted, accepted)

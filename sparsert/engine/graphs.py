@@ -1,14 +1,17 @@
-"""CUDA graphs of the decode step, captured when first needed.
+"""CUDA graphs of decode steps, captured when first needed.
 
 At batch 1 a step of a 7B model launches several hundred kernels of a few microseconds each; issued one
 by one from Python the GPU would wait most of the time. A graph replays them in one call. Graphs share
-one memory pool: they never run at the same time, and the logits of one are used before the next runs.
+one memory pool: they never run at the same time, and what one gives back is used before it runs again.
+Going back to a step that was run before, under whatever plan, captures nothing; the graphs longest unused are
+let go of once there are very many, so that a process that keeps making up plans does not grow.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,46 +19,71 @@ from torch import Tensor
 #: Steps run before capture, so that libraries and compilers have set up what capture forbids.
 _WARM_UP_STEPS = 2
 
+#: Graphs held at most. A model that serves every batch size in four windows has 64; one takes a few MB with its logits.
+_MOST_GRAPHS = 256
 
-class DecodeGraphs:
-    """A decode step as one graph for each (batch, window).
+
+class StepGraphs:
+    """Steps as graphs, each under a key that says what it computes and in which shapes.
 
     Attributes:
         capture_s: seconds spent on warm-up and capture so far.
     """
 
-    def __init__(self, step: Callable[[int, int], Tensor]) -> None:
-        """Wrap a step.
+    def __init__(self, state: Sequence[Tensor]) -> None:
+        """Set up.
 
         Args:
-            step: (batch, window) -> logits; reads and writes static buffers only, and running it twice
-                on the same buffers leaves them as running it once does.
+            state: static buffers that steps change; put back after the warm-up.
         """
-        self._step = step
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._state = tuple(state)
+        self._graphs: OrderedDict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
         self.capture_s = 0.0
 
-    def run(self, batch: int, window: int) -> Tensor:
-        """Run the step; returns its static output, which the next run may overwrite."""
-        if (batch, window) not in self._graphs:
-            self._graphs[batch, window] = self._capture(batch, window)
-        graph, logits = self._graphs[batch, window]
-        graph.replay()
-        return logits
+    def __len__(self) -> int:
+        return len(self._graphs)
 
-    def _capture(self, batch: int, window: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def clear(self) -> None:
+        """Forget all graphs: a buffer that they read or write has moved."""
+        self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def run(self, key: Hashable, step: Callable[[], Tensor]) -> Tensor:
+        """Run a step.
+
+        Args:
+            key: same key, same step in the same shapes.
+            step: reads and writes static buffers only; run when the key is new.
+
+        Returns:
+            What the step returns: static, overwritten when the same key runs again.
+        """
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(step)
+        self._graphs.move_to_end(key)
+        graph, output = self._graphs[key]
+        graph.replay()
+        return output
+
+    def _capture(self, step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         torch.cuda.synchronize()
         start = time.perf_counter()
+        while len(self._graphs) >= _MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+        before = [buffer.clone() for buffer in self._state]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP_STEPS):
-                self._step(batch, window)
+                step()
+                # each from the same state: a step that ran on could leave the window it is made for
+                for buffer, value in zip(self._state, before, strict=True):
+                    buffer.copy_(value)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._step(batch, window)
+            output = step()
         torch.cuda.synchronize()
         self.capture_s += time.perf_counter() - start
-        return graph, logits
+        return graph, output

@@ -7,13 +7,20 @@
 Names follow what users of other engines know (``LLM``, ``SamplingParams``, ``generate``). Prompts run in
 batches of up to sixteen, in the order given; texts of one batch start together and the batch ends with
 its longest. What it gives up: nothing joins a batch that is under way, which is a server's business.
+
+One loaded model serves any plan within what is loaded, and drafts for itself:
+
+    shorter = llm.with_plan(LayerPlan.remove(32, "21-25,27"))
+    llm.generate(prompts, draft_plan=shorter.plan, draft_tokens=4)  # the texts of llm.generate(prompts), sooner
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +29,21 @@ from torch import Tensor
 
 from sparsert import ops
 from sparsert.checkpoint import MaskFile, open_checkpoint, read_maskllm, resolve_checkpoint
-from sparsert.engine.cache import kv_bytes_per_token
-from sparsert.engine.generate import GrowingText, StreamCallback, generate_batch
+from sparsert.checkpoint.prune import base_plan
+from sparsert.checkpoint.writer import stored_plan
+from sparsert.engine.generate import generate_batch
+from sparsert.engine.growing_text import GrowingText, StreamCallback
 from sparsert.engine.params import SamplingParams
 from sparsert.engine.results import Completion
 from sparsert.engine.runner import MAX_BATCH_SIZE, Runner
-from sparsert.engine.tokenizer import (
-    Prompt,
-    encode_prompt,
-    has_tokenizer,
-    is_token_ids,
-    load_tokenizer,
-    read_eos_token_ids,
-)
+from sparsert.engine.speculate import MAX_DRAFT_TOKENS
+from sparsert.engine.tokenizer import LazyTokenizer, Prompt, encode_prompt, is_token_ids, read_eos_token_ids
 from sparsert.errors import InputError
 from sparsert.models import DecoderConfig, load_model
-from sparsert.schedule import LayerPlan, parse_block_list, read_block_order
+from sparsert.schedule import Blocks, LayerPlan, read_block_order
+
+#: Tokens drafted in a round unless said otherwise.
+_DRAFT_TOKENS = 4
 
 
 class LLM:
@@ -58,8 +64,11 @@ class LLM:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         masks: str | Path | MaskFile | None = None,
-        remove_blocks: str | Iterable[int] | None = None,
+        remove_blocks: Blocks | None = None,
         block_order: tuple[str | Path, int] | None = None,
+        skip_attention: Blocks = (),
+        skip_mlp: Blocks = (),
+        plan: LayerPlan | None = None,
         force_remove: bool = False,
         max_length: int | None = None,
         backend: str = "auto",
@@ -75,7 +84,9 @@ class LLM:
             masks: a MaskLLM mask file for this model.
             remove_blocks: blocks to skip, as ``"21-25,27"`` or numbers.
             block_order: an order file and how many blocks to remove by it, instead of ``remove_blocks``.
-            force_remove: allow removing blocks 0-3 and the last two.
+            skip_attention, skip_mlp: blocks of which only this half is skipped, likewise as text or numbers.
+            plan: all of this as a plan, instead of the four before.
+            force_remove: allow removing blocks 0-3 and the last two, or halves of them.
             max_length: most tokens of a text, prompt and output together; default what the model was
                 made for. Memory for keys and values is taken as needed, not for all of it.
             backend: kernels of the packed layers: auto, native, triton, torch or dense.
@@ -94,7 +105,12 @@ class LLM:
             raise InputError("masks and mask_maker exclude each other; give a mask file or a pruning method, not both")
         self.checkpoint = open_checkpoint(resolve_checkpoint(str(model)))
         config = DecoderConfig.from_hf(self.checkpoint.config)
-        plan = _layer_plan(config.num_blocks, remove_blocks, block_order, force_remove)
+        if plan is None:
+            plan = _layer_plan(config.num_blocks, remove_blocks, block_order, skip_attention, skip_mlp, force_remove)
+        elif remove_blocks is not None or block_order is not None or skip_attention or skip_mlp:
+            raise InputError("plan already says which blocks run; leave the arguments that remove or skip blocks out")
+        plan = stored_plan(self.checkpoint.config, config.num_blocks).intersect(plan)
+        self._base_plan = base_plan(self.checkpoint.config, plan)
         self.max_length = _check_max_length(max_length, config)
         self.eos_token_ids = read_eos_token_ids(self.checkpoint)
         mask_file = read_maskllm(masks) if isinstance(masks, (str, Path)) else masks
@@ -110,7 +126,9 @@ class LLM:
         )
         self.backend = backend
         self.runner = Runner(self.model, self.max_length)
-        self._tokenizer: Any = None
+        self._tokenizer = LazyTokenizer(self.checkpoint.directory)
+        self._drafts: dict[str, LLM] = {}
+        self._same_tokenizers: list[LazyTokenizer] = []
         self.load_s = time.perf_counter() - start
 
     @property
@@ -120,9 +138,29 @@ class LLM:
         Raises:
             CheckpointError: there is none, or it cannot be read.
         """
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.checkpoint.directory)
-        return self._tokenizer
+        return self._tokenizer.get()
+
+    @property
+    def plan(self) -> LayerPlan:
+        """Which blocks run, in the checkpoint's numbering."""
+        return self.runner.plan
+
+    def with_plan(self, plan: LayerPlan) -> LLM:
+        """The same loaded model under another plan.
+
+        Weights, tokenizer, KV cache and CUDA graphs are shared: the view costs nothing, and going back and forth
+        between plans captures no graph twice. One of the views can generate at a time.
+
+        Args:
+            plan: within what was loaded, in the checkpoint's numbering.
+
+        Raises:
+            InputError: the plan runs what was not loaded.
+        """
+        view = copy.copy(self)
+        view.runner = self.runner.with_plan(plan)
+        view._base_plan = base_plan(self.checkpoint.config, plan)
+        return view
 
     def generate(
         self,
@@ -131,8 +169,15 @@ class LLM:
         *,
         stream: StreamCallback | None = None,
         chat: bool = False,
+        draft_plan: LayerPlan | None = None,
+        draft: LLM | str | Path | None = None,
+        draft_tokens: int | None = None,
     ) -> list[Completion]:
         """Generate a text for each prompt.
+
+        With a draft, tokens are proposed by a cheaper model and checked by this one, several at a time. Greedy texts
+        are the same as without (as far as a forward of several tokens rounds like one of a single token), sampled
+        ones have the same distribution, though a seed gives another text.
 
         Args:
             prompts: texts, lists of token ids (taken as they are), or with ``chat`` conversations; a lone
@@ -141,13 +186,18 @@ class LLM:
             stream: called with (index of the prompt, new text, new token ids) for every new token; the
                 text may be empty while a character or a possible stop string is incomplete.
             chat: put each text or conversation through the checkpoint's chat template.
+            draft_plan: draft with this shorter plan of the same weights; it must lie within :attr:`plan`.
+            draft: draft with this model instead, which has the same vocabulary and device; a directory or hub id is
+                loaded once and kept. Guards of blocks are not asked: a draft costs time, never quality.
+            draft_tokens: tokens to draft in a round, 1 to 16; default 4.
 
         Returns:
             One completion for each prompt, in order.
 
         Raises:
             InputError: no prompts, an empty one, one with token ids outside the vocabulary, or one too
-                long for ``max_length``.
+                long for ``max_length``; a draft that does not fit this model; or a call while another one of this
+                model is under way.
             CheckpointError: text is given and the checkpoint has no tokenizer.
             UnsupportedError: ``chat`` without a chat template.
         """
@@ -157,11 +207,19 @@ class LLM:
             raise InputError("no prompts given; give at least one")
         if not all(isinstance(prompt, Sequence) for prompt in given):
             raise InputError("each prompt is a text or a list of token ids; write one list of ids as [[1, 2, 3]]")
+        drafter = self._drafter(draft_plan, draft, draft_tokens)
+        count = 0 if drafter is None else _DRAFT_TOKENS if draft_tokens is None else draft_tokens
         texts = self._prepare(given, params, chat)
         completions: list[Completion] = []
         for begin in range(0, len(texts), MAX_BATCH_SIZE):
             batch = texts[begin : begin + MAX_BATCH_SIZE]
-            timings = generate_batch(self.runner, batch, params, load_s=self.load_s, stream=stream)
+            with contextlib.ExitStack() as sessions:
+                sessions.enter_context(self.runner.session())
+                if drafter is not None and not drafter.shares_cache_with(self.runner):
+                    sessions.enter_context(drafter.session())
+                timings = generate_batch(
+                    self.runner, batch, params, load_s=self.load_s, stream=stream, draft=drafter, draft_tokens=count
+                )
             completions += [
                 Completion(
                     text.index,
@@ -176,10 +234,59 @@ class LLM:
             ]
         return completions
 
+    def _drafter(self, plan: LayerPlan | None, draft: LLM | str | Path | None, tokens: int | None) -> Runner | None:
+        """The runner that drafts, checked against this model; None without a draft."""
+        if plan is None and draft is None:
+            if tokens is not None:
+                raise InputError(f"draft_tokens {tokens} without a draft; give draft_plan or draft as well")
+            return None
+        if plan is not None and draft is not None:
+            raise InputError("draft_plan and draft both say what drafts; give one of them")
+        if tokens is not None and not (type(tokens) is int and 1 <= tokens <= MAX_DRAFT_TOKENS):
+            raise InputError(f"draft_tokens is {tokens!r}; it must be a whole number, 1-{MAX_DRAFT_TOKENS}")
+        if isinstance(draft, (str, Path)):
+            draft = self._load_draft(str(draft))
+        runner = self.runner.with_plan(plan) if plan is not None else draft.runner  # type: ignore[union-attr]
+        if runner.shares_cache_with(self.runner):
+            # a block that the target does not run has keys of no token in the cache that they share
+            runner.plan.check_within(self.plan, "the model it drafts for")
+        else:
+            assert draft is not None
+            self._check_draft(draft)
+        return runner
+
+    def _load_draft(self, name: str) -> LLM:
+        if name not in self._drafts:
+            self._drafts[name] = LLM(name, device=self.model.device, dtype=self.model.dtype, backend=self.backend)
+        return self._drafts[name]
+
+    def _check_draft(self, draft: LLM) -> None:
+        ours, theirs = self.model.config.vocab_size, draft.model.config.vocab_size
+        if ours != theirs:
+            raise InputError(
+                f"the draft has a vocabulary of {theirs} tokens, this model one of {ours}; they must be the same"
+            )
+        if draft.model.device != self.model.device:
+            raise InputError(
+                f"the draft is on {draft.model.device}, this model on {self.model.device}; load both on one"
+            )
+        if draft.max_length < self.max_length:
+            raise InputError(
+                f"the draft takes texts of {draft.max_length} tokens, this model {self.max_length}; load this model "
+                f"with max_length={draft.max_length}"
+            )
+        if draft._tokenizer in self._same_tokenizers or not (self._tokenizer.exists and draft._tokenizer.exists):
+            return
+        if self.tokenizer.get_vocab() != draft.tokenizer.get_vocab():
+            raise InputError(
+                "the draft's tokenizer gives other numbers to tokens than this model's; use a draft of its family"
+            )
+        self._same_tokenizers.append(draft._tokenizer)  # a large vocabulary takes a while to compare
+
     def _prepare(self, prompts: Sequence[Prompt], params: SamplingParams, chat: bool) -> list[GrowingText]:
         """Tokenise and check the prompts."""
         needs_text = bool(params.stop) or not all(is_token_ids(prompt) for prompt in prompts)
-        tokenizer = self.tokenizer if needs_text or has_tokenizer(self.checkpoint.directory) else None
+        tokenizer = self.tokenizer if needs_text or self._tokenizer.exists else None
         stop_tokens = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_tokens |= self.eos_token_ids
@@ -227,9 +334,10 @@ class LLM:
         """What is loaded, as plain data for JSON.
 
         Returns:
-            Architecture, blocks kept and removed, linear layers by kind, bytes of weights packed and
-            dense, dtype, device, backend, the kernel that a decode step at batch 1 runs, KV cache bytes
-            per token, and ``warnings``: whatever is not as a user may expect.
+            Architecture, the plan (blocks kept and removed, halves skipped; in words, in the numbering of the model
+            that the checkpoint was pruned from), linear layers by kind, bytes of weights packed and dense, dtype,
+            device, backend, the kernel that a decode step at batch 1 runs, KV cache bytes per token, and
+            ``warnings``: whatever is not as a user may expect. What is loaded counts, also where a plan runs less.
         """
         model, report = self.model, self.model.report
         kernel, fallback = self._decode_kernel()
@@ -238,9 +346,12 @@ class LLM:
         return {
             "model": str(self.checkpoint.directory),
             "architecture": model.config.architecture,
-            "blocks": model.plan.num_blocks,
-            "blocks_kept": list(model.plan.kept),
-            "blocks_removed": list(model.plan.removed),
+            "blocks": self.plan.num_blocks,
+            "blocks_kept": list(self.plan.kept),
+            "blocks_removed": list(self.plan.removed),
+            "without_attention": list(self.plan.without_attention),
+            "without_mlp": list(self.plan.without_mlp),
+            "plan": str(self._base_plan),
             "linears_sparse": report.count("2:4"),
             "linears_dense": report.count("dense"),
             "linear_bytes": report.stored_bytes,
@@ -253,7 +364,7 @@ class LLM:
             "backend": self.backend,
             "kernel": kernel,
             "max_length": self.max_length,
-            "kv_bytes_per_token": kv_bytes_per_token(model.attention_shapes, model.dtype),
+            "kv_bytes_per_token": self.runner.kv_bytes_per_token,
             "load_s": round(self.load_s, 3),
             "warnings": [*report.warnings, *fallback],
         }
@@ -279,8 +390,10 @@ class LLM:
 
 def _layer_plan(
     num_blocks: int,
-    remove_blocks: str | Iterable[int] | None,
+    remove_blocks: Blocks | None,
     block_order: tuple[str | Path, int] | None,
+    skip_attention: Blocks,
+    skip_mlp: Blocks,
     force: bool,
 ) -> LayerPlan:
     if remove_blocks is not None and block_order is not None:
@@ -288,9 +401,9 @@ def _layer_plan(
     if block_order is not None:
         path, count = block_order
         remove_blocks = read_block_order(path, count, num_blocks, force=force)
-    elif isinstance(remove_blocks, str):
-        remove_blocks = parse_block_list(remove_blocks)
-    return LayerPlan.remove(num_blocks, remove_blocks or (), force=force)
+    return LayerPlan.remove(
+        num_blocks, remove_blocks or (), skip_attention=skip_attention, skip_mlp=skip_mlp, force=force
+    )
 
 
 def _check_max_length(max_length: int | None, config: DecoderConfig) -> int:

@@ -6,6 +6,31 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
+class SpeculationStats:
+    """How drafts fared in one batch; a round is one draft of one text and its check.
+
+    Attributes:
+        draft_tokens: tokens drafted in a round.
+        rounds: of all texts together.
+        drafted: tokens drafted in them.
+        accepted: drafted tokens that the full model took over.
+        acceptance_rate: ``accepted / drafted``; 0 if none was drafted.
+        tokens_per_round: accepted tokens and the one that the check itself gives, on average; 0 without a round.
+    """
+
+    draft_tokens: int
+    rounds: int
+    drafted: int
+    accepted: int
+    acceptance_rate: float = dataclasses.field(init=False)
+    tokens_per_round: float = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "acceptance_rate", self.accepted / self.drafted if self.drafted else 0.0)
+        object.__setattr__(self, "tokens_per_round", 1 + self.accepted / self.rounds if self.rounds else 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Timings:
     """Wall-clock times of one batch; every prompt of the batch has the same record.
 
@@ -18,6 +43,7 @@ class Timings:
         capture_ms: time spent on capturing CUDA graphs during decode; not part of ``decode_ms``.
         decode_ms: from the first tokens until the last.
         decode_tok_per_s: tokens after the first of each prompt, per second of ``decode_ms``; 0 if none.
+        speculation: how drafts fared; None without a draft.
     """
 
     load_s: float
@@ -28,6 +54,7 @@ class Timings:
     capture_ms: float
     decode_ms: float
     decode_tok_per_s: float
+    speculation: SpeculationStats | None = None
 
 
 @dataclasses.dataclass(frozen=True)

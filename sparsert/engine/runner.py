@@ -1,33 +1,47 @@
-"""Prefill and decode of one batch over a static KV cache.
+"""Prefill and decode of one batch over a static KV cache, under a layer plan.
 
 Shapes are few on purpose. The cache grows in powers of two and is kept between batches; a decode step
 reads a window of 256, 512, 1024, ... positions, the smallest that holds the longest row still running.
-So on a GPU a step is one of a handful of CUDA graphs, by (batch, window), each captured the first time
+So on a GPU a step is one of a handful of CUDA graphs, by (plan, batch, window), each captured the first time
 it is needed (:mod:`sparsert.engine.graphs`); on a CPU the same step function runs as it is. What it
 gives up: up to half of the window is read for nothing, and a longer cache drops the graphs.
+
+A runner is a plan over a workspace. Runners of several plans of one model (:meth:`Runner.with_plan`) share
+the workspace, that is weights, cache, static inputs and graphs: slots of the cache keep the numbers of the
+loaded model's layers, so a shortened plan reads and writes some of the full plan's slots. Switching plans
+costs nothing, and a draft can go on from what the full model has read.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from sparsert.engine.cache import DecodeAttention, KVCache, PrefillAttention
-from sparsert.engine.graphs import DecodeGraphs
+from sparsert.engine.cache import DecodeAttention, ExtendAttention, KVCache, PrefillAttention, kv_bytes_per_token
+from sparsert.engine.graphs import StepGraphs
 from sparsert.errors import InputError
 from sparsert.models import DecoderModel
+from sparsert.schedule import LayerPlan
 
 #: Rows of a batch at most: the batch sizes that decode graphs are made for.
 MAX_BATCH_SIZE = 16
+
+#: Tokens a row that one step may add at most.
+MAX_STEP_TOKENS = 17
 
 #: Smallest window of a decode step, in tokens.
 _LEAST_WINDOW = 256
 
 #: Cache lengths are multiples of it, so that rows of keys and masks stay aligned for attention kernels.
 _LENGTH_UNIT = 16
+
+AnyRunner = TypeVar("AnyRunner", bound="Runner")
 
 
 def window_for(tokens: int, capacity: int) -> int:
@@ -38,41 +52,108 @@ def window_for(tokens: int, capacity: int) -> int:
     return min(window, capacity)
 
 
+class _Workspace:
+    """What the runners of one loaded model share.
+
+    Attributes:
+        cache: keys and values, None before the first prefill.
+        graphs: of decode steps; None on a CPU.
+        tokens: static input of a step of one token: int64 ``[MAX_BATCH_SIZE]``.
+        step_tokens: static input of a step of several: int64 ``[MAX_BATCH_SIZE, MAX_STEP_TOKENS]``.
+        lengths: static: int64 ``[MAX_BATCH_SIZE]``, tokens of each row in the cache.
+        batch: rows of the batch under way.
+        lock: held while a batch is under way.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.cache: KVCache | None = None
+        self.tokens = torch.zeros(MAX_BATCH_SIZE, dtype=torch.int64, device=device)
+        self.step_tokens = torch.zeros(MAX_BATCH_SIZE, MAX_STEP_TOKENS, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(MAX_BATCH_SIZE, dtype=torch.int64, device=device)
+        self.graphs = StepGraphs([self.tokens, self.lengths]) if device.type == "cuda" else None
+        self.batch = 0
+        self.lock = threading.Lock()
+
+
 class Runner:
     """Runs one batch at a time: one :meth:`prefill`, then :meth:`decode` for each further token.
 
     Attributes:
         model: the loaded model.
+        plan: which of its blocks run.
         max_length: most tokens of a text, prompt and output together.
-        capture_s: seconds spent on capturing CUDA graphs so far.
     """
 
     def __init__(self, model: DecoderModel, max_length: int) -> None:
         self.model = model
+        self.plan = model.plan
         self.max_length = max_length
-        self._cache: KVCache | None = None
-        self._graphs: DecodeGraphs | None = None
-        # static inputs of the graphs
-        self._tokens = torch.zeros(MAX_BATCH_SIZE, dtype=torch.int64, device=model.device)
-        self._lengths = torch.zeros(MAX_BATCH_SIZE, dtype=torch.int64, device=model.device)
-        self._batch = 0
+        self._workspace = _Workspace(model.device)
+
+    def with_plan(self: AnyRunner, plan: LayerPlan) -> AnyRunner:
+        """A runner of another plan over the same weights, cache and graphs.
+
+        Raises:
+            InputError: the plan runs what is not loaded.
+        """
+        plan.check_within(self.model.plan, "the loaded model")
+        other = copy.copy(self)
+        other.plan = plan
+        return other
+
+    def shares_cache_with(self, other: Runner) -> bool:
+        """Whether two runners differ in their plans only."""
+        return self._workspace is other._workspace
 
     @property
     def capture_s(self) -> float:
         """Seconds spent on capturing CUDA graphs so far."""
-        return self._graphs.capture_s if self._graphs is not None else 0.0
+        return self._workspace.graphs.capture_s if self._workspace.graphs is not None else 0.0
+
+    @property
+    def graph_count(self) -> int:
+        """CUDA graphs held now, of all plans that share the cache."""
+        return len(self._workspace.graphs) if self._workspace.graphs is not None else 0
 
     @property
     def cache_nbytes(self) -> int:
         """Bytes of the KV cache as it is now."""
-        return self._cache.nbytes if self._cache is not None else 0
+        return self._workspace.cache.nbytes if self._workspace.cache is not None else 0
 
-    def prefill(self, prompts: Sequence[Sequence[int]], room: int) -> Tensor:
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that the plan writes for one token of one text."""
+        return kv_bytes_per_token(self.model.config.attention_shapes(self.plan), self.model.dtype)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row in the cache: int64 ``[batch]`` on the device, a copy."""
+        return self._workspace.lengths[: self._workspace.batch].clone()
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Hold the cache for one batch.
+
+        Raises:
+            InputError: another batch is under way, in another thread or around a stream callback.
+        """
+        if not self._workspace.lock.acquire(blocking=False):
+            raise InputError(
+                "this model is in the middle of another call of generate, and its plans share one cache; wait for that "
+                "call to return, or load the model a second time"
+            )
+        try:
+            yield
+        finally:
+            self._workspace.lock.release()
+
+    def prefill(self, prompts: Sequence[Sequence[int]], room: int, spare: int = 0) -> Tensor:
         """Read the prompts into the cache.
 
         Args:
             prompts: token ids of 1 to :data:`MAX_BATCH_SIZE` texts, of any lengths from 1.
             room: positions that the longest text will need in the end, at most ``max_length``.
+            spare: further positions behind that which steps may write to.
 
         Returns:
             Logits of each first new token, ``[batch, vocabulary]``.
@@ -85,17 +166,17 @@ class Runner:
             raise InputError(f"got {len(prompts)} prompts of {lengths} tokens; need 1-{MAX_BATCH_SIZE}, none empty")
         if max(*lengths, room) > self.max_length:
             raise InputError(f"{max(*lengths, room)} tokens do not fit into max_length {self.max_length}")
-        cache = self._reserve(len(prompts), max(*lengths, room))
+        cache = self._reserve(len(prompts), max(*lengths, room), spare)
         device = self.model.device
         padded = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = torch.tensor(prompt)
         tokens = padded.to(device)
-        self._batch = len(prompts)
+        self._workspace.batch = len(prompts)
         lengths_here = torch.tensor(lengths, device=device)
-        self._set_lengths(lengths_here)
+        self.place_(lengths_here)
         with torch.inference_mode(), self._on_device():
-            return self.model(tokens, PrefillAttention(cache), rows=lengths_here - 1)
+            return self.model(tokens, PrefillAttention(cache), rows=lengths_here - 1, plan=self.plan)
 
     def decode(self, tokens: Tensor, longest: int) -> Tensor:
         """Add one token to each row.
@@ -108,46 +189,104 @@ class Runner:
             Logits of the next tokens, ``[batch, vocabulary]``, valid until the next call. Nothing waits
             for the device.
         """
-        assert self._cache is not None, "prefill comes first"
-        window = window_for(longest + 1, self._cache.length)
-        with torch.inference_mode(), self._on_device():
-            self._tokens[: self._batch].copy_(tokens)
-            if self._graphs is not None:
-                logits = self._graphs.run(self._batch, window)
-            else:
-                logits = self._step(self._batch, window)
-            self._set_lengths(self._lengths[: self._batch] + 1)
-        return logits
+        self._workspace.tokens[: self._workspace.batch].copy_(tokens)
+        return self._run("decode", self._decode_step, longest, 1)
 
-    def _set_lengths(self, lengths: Tensor) -> None:
-        """Where the next token of each row goes; rows that have ended stay in the last position of the cache."""
-        assert self._cache is not None
-        self._lengths[: self._batch].copy_(lengths.clamp(max=self._cache.length - 1))
+    def decode_greedy(self, tokens: Tensor, longest: int) -> Tensor:
+        """Add one token to each row and take the likeliest next ones: all of it one graph on a GPU.
+
+        Args:
+            tokens, longest: as for :meth:`decode`; what the last greedy step returned is not copied again.
+
+        Returns:
+            The next tokens, int64 ``[batch]``, valid until the next step is launched.
+        """
+        here = self._workspace.tokens[: self._workspace.batch]
+        if tokens.data_ptr() != here.data_ptr():
+            here.copy_(tokens)
+        self._run("greedy", self._greedy_step, longest, 1)
+        return here
+
+    def extend(self, tokens: Tensor, longest: int) -> Tensor:
+        """Add several tokens to each row, whose lengths stay: :meth:`place_` says how many of them count.
+
+        Args:
+            tokens: int64 ``[batch, tokens]`` on the device, 1 to :data:`MAX_STEP_TOKENS` a row.
+            longest: as for :meth:`decode`.
+
+        Returns:
+            Logits behind each of them, ``[batch, tokens, vocabulary]``, valid until the next call.
+        """
+        count = tokens.shape[1]
+        self._workspace.step_tokens[: self._workspace.batch, :count].copy_(tokens)
+        return self._run("extend", self._extend_step, longest, count)
+
+    def place_(self, lengths: Tensor) -> None:
+        """Set where the next token of each row goes.
+
+        Args:
+            lengths: int64 ``[batch]`` on the device: tokens in the cache that count.
+        """
+        self._workspace.lengths[: self._workspace.batch].copy_(lengths)
+
+    def _run(self, kind: str, step: Callable[[int, int, int], Tensor], longest: int, count: int) -> Tensor:
+        """Run a step of ``count`` tokens a row, as a graph where there are any."""
+        workspace = self._workspace
+        assert workspace.cache is not None, "prefill comes first"
+        batch, window = workspace.batch, window_for(longest + count, workspace.cache.length)
+        with torch.inference_mode(), self._on_device():
+            if workspace.graphs is None:
+                return step(batch, window, count)
+            key = (self.plan, kind, batch, window, count)
+            return workspace.graphs.run(key, lambda: step(batch, window, count))
+
+    # Steps are functions of the static buffers: capturable, same shapes for same arguments.
+
+    def _lengths_within(self, batch: int, window: int, count: int) -> Tensor:
+        """Lengths with room for ``count`` tokens in the window: rows that have ended may lie behind it, and move there.
+
+        Outside of the window a row of a model with sliding attention would see nothing at all, and leave NaN in the
+        cache for whoever has the row next.
+        """
+        return self._workspace.lengths[:batch].clamp_(max=window - count)
+
+    def _decode_step(self, batch: int, window: int, count: int) -> Tensor:
+        workspace = self._workspace
+        assert workspace.cache is not None
+        lengths = self._lengths_within(batch, window, count)
+        attention = DecodeAttention(workspace.cache, lengths, window)
+        logits: Tensor = self.model(workspace.tokens[:batch].unsqueeze(1), attention, plan=self.plan)
+        lengths.add_(1)
+        return logits.squeeze(1)
+
+    def _greedy_step(self, batch: int, window: int, count: int) -> Tensor:
+        logits = self._decode_step(batch, window, count)
+        return self._workspace.tokens[:batch].copy_(logits.argmax(dim=-1))
+
+    def _extend_step(self, batch: int, window: int, count: int) -> Tensor:
+        workspace = self._workspace
+        assert workspace.cache is not None
+        attention = ExtendAttention(workspace.cache, self._lengths_within(batch, window, count), window)
+        logits: Tensor = self.model(workspace.step_tokens[:batch, :count], attention, plan=self.plan)
+        return logits
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
         """Make the model's GPU the current one: kernels and graphs go to the current stream."""
         return torch.cuda.device(self.model.device) if self.model.device.type == "cuda" else contextlib.nullcontext()
 
-    def _step(self, batch: int, window: int) -> Tensor:
-        """The decode step as a function of the static buffers: capturable, same shapes for same arguments."""
-        assert self._cache is not None
-        lengths = self._lengths[:batch]
-        attention = DecodeAttention(self._cache, lengths, window)
-        logits: Tensor = self.model(self._tokens[:batch].unsqueeze(1), attention)
-        return logits.squeeze(1)
-
-    def _reserve(self, batch: int, length: int) -> KVCache:
+    def _reserve(self, batch: int, length: int, spare: int) -> KVCache:
         """A cache of at least this size; a new one makes captured graphs useless."""
-        old = self._cache
-        if old is not None and old.batch_size >= batch and old.length >= length:
+        workspace, old = self._workspace, self._workspace.cache
+        needed = length + spare
+        if old is not None and old.batch_size >= batch and old.length >= needed:
             return old
         if old is not None:
-            batch, length = max(batch, old.batch_size), max(length, old.length)
+            batch, needed = max(batch, old.batch_size), max(needed, old.length)
         rows = 1 << (batch - 1).bit_length()
-        capacity = -(-window_for(length, self.max_length) // _LENGTH_UNIT) * _LENGTH_UNIT
-        self._graphs = self._cache = old = None  # free before the larger one is made
+        capacity = -(-window_for(needed, max(needed, self.max_length)) // _LENGTH_UNIT) * _LENGTH_UNIT
+        workspace.cache = old = None  # free before the larger one is made
+        if workspace.graphs is not None:
+            workspace.graphs.clear()
         self.model.reserve_positions_(capacity)
-        self._cache = KVCache(self.model.attention_shapes, rows, capacity, self.model.device, self.model.dtype)
-        if self.model.device.type == "cuda":
-            self._graphs = DecodeGraphs(self._step)
-        return self._cache
+        workspace.cache = KVCache(self.model.attention_shapes, rows, capacity, self.model.device, self.model.dtype)
+        return workspace.cache

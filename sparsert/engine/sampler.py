@@ -76,7 +76,12 @@ def process_scores(scores: Tensor, params: SamplingParams, seen: Tensor | None) 
 
 
 class Sampler:
-    """Draws the next token of every row of one batch."""
+    """Draws the next token of every row of one batch.
+
+    Attributes:
+        params: how tokens are chosen.
+        seen: bool ``[batch, vocabulary]``: tokens that a repetition penalty counts; None without one.
+    """
 
     def __init__(
         self, params: SamplingParams, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device
@@ -86,18 +91,23 @@ class Sampler:
         Args:
             prompts: token ids of each row; they count as seen for the repetition penalty.
         """
-        self._params = params
-        self._seen: Tensor | None = None
+        self.params = params
+        self.seen: Tensor | None = None
         self._generators: list[torch.Generator] = []
         if params.repetition_penalty != 1:
-            self._seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
+            seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
             for row, prompt in enumerate(prompts):
-                self._seen[row, torch.tensor(prompt)] = True
-            self._seen = self._seen.to(device)
+                seen[row, torch.tensor(prompt)] = True
+            self.seen = seen.to(device)
         if not params.greedy:
             # one row, one generator; without a seed the global one gives each row its own
             seeds = [int(torch.randint(2**62, ())) if params.seed is None else params.seed for _ in range(len(prompts))]
             self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    @property
+    def takes_maximum(self) -> bool:
+        """Whether the next token is the largest logit, whatever came before."""
+        return self.params.greedy and self.seen is None
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Next tokens.
@@ -108,13 +118,28 @@ class Sampler:
         Returns:
             int64 ``[batch]`` on the same device, without waiting for it.
         """
-        scores = process_scores(logits.float(), self._params, self._seen)
+        scores = process_scores(logits.float(), self.params, self.seen)
         if self._generators:
-            noise = torch.empty_like(scores)
-            for row, generator in zip(noise, self._generators, strict=True):
-                row.exponential_(generator=generator)
-            scores = scores - noise.clamp_min_(_LEAST_NOISE).log_()
+            scores = scores - self.exponentials(scores).log()
         tokens = scores.argmax(dim=-1)
-        if self._seen is not None:
-            self._seen.scatter_(1, tokens.unsqueeze(1), True)
+        self.saw(tokens)
         return tokens
+
+    def saw(self, tokens: Tensor) -> None:
+        """Count int64 ``[batch]`` tokens as seen."""
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens.unsqueeze(1), True)
+
+    def exponentials(self, like: Tensor) -> Tensor:
+        """Exponential variates, none of them 0: fp32, of the shape of ``like``, whose rows are those of the batch."""
+        noise = torch.empty_like(like, dtype=torch.float32)
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return noise.clamp_min_(_LEAST_NOISE)
+
+    def uniforms(self, like: Tensor) -> Tensor:
+        """Variates from [0, 1): fp32, of the shape of ``like``, whose rows are those of the batch."""
+        noise = torch.empty_like(like, dtype=torch.float32)
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.uniform_(generator=generator)
+        return noise

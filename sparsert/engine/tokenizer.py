@@ -51,6 +51,25 @@ def load_tokenizer(directory: Path) -> Any:
         ) from error
 
 
+class LazyTokenizer:
+    """The tokenizer of a model directory, loaded when first asked for; views of one model share it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._tokenizer: Any = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether the directory holds one."""
+        return self._tokenizer is not None or has_tokenizer(self._directory)
+
+    def get(self) -> Any:
+        """The tokenizer; raises what :func:`load_tokenizer` raises."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._directory)
+        return self._tokenizer
+
+
 def encode_prompt(tokenizer: Any, prompt: Prompt, index: int, *, chat: bool) -> list[int]:
     """Token ids of a prompt that is not token ids already.
 

@@ -14,6 +14,7 @@ from sparsert.checkpoint import inspect_checkpoint, open_checkpoint
 from sparsert.compress import magnitude_mask
 from sparsert.errors import UnsupportedError
 from sparsert.formats import packed_nbytes
+from sparsert.schedule import LayerPlan
 
 Make = Callable[..., Path]
 PREFIX = "model.layers.2."
@@ -81,7 +82,9 @@ def test_other_dtypes_are_listed(make_directory: Make) -> None:
 
 def test_text_and_json(make_directory: Make) -> None:
     record = {"version": "0.1.0", "method": "magnitude", "pattern": "2:4", "base_model": "owner/base"}
-    config = tiny_config(sparsert={**record, "base_num_blocks": 10, "removed_blocks": [4, 5]})
+    config = tiny_config(
+        sparsert={**record, "base_num_blocks": 10, "kept_blocks": [0, 1, 2, 3, 6, 7, 8, 9], "removed_blocks": [4, 5]}
+    )
 
     def refuse(config: dict[str, object]) -> None:
         raise UnsupportedError("only Llama")
@@ -91,10 +94,18 @@ def test_text_and_json(make_directory: Make) -> None:
     text = report.to_text()
     assert text.splitlines()[0].split()[:6] == ["tensor", "shape", "dtype", "zeros", "bad", "groups"]
     assert "not supported: only Llama" in text and "8 blocks" in text
-    assert "base model owner/base, removed blocks 4, 5 of 10" in text
+    assert "base model owner/base, runs 8 of 10 blocks: 0-3,6-9 (removed: 4-5)" in text
     assert f"broken: {4 * BLOCKS} weights are said to be 2:4 and are not" in text
     data = json.loads(json.dumps(report.to_dict()))
     assert data["supported"] is False and data["record"]["removed_blocks"] == [4, 5]
     assert len(data["tensors"]) == len(checkpoint.names) and len(data["totals"]["broken_claims"]) == 4 * BLOCKS
     assert inspect_checkpoint(checkpoint, architecture_check=lambda config: None).supported is True
     assert inspect_checkpoint(checkpoint).supported is None
+
+
+def test_halves_that_the_configuration_skips(make_directory: Make) -> None:
+    config = tiny_config(per_layer_config={"3": {"skip": ["mlp"]}})
+    report = inspect_checkpoint(open_checkpoint(make_directory(config=config)))
+    assert report.plan == LayerPlan(BLOCKS, tuple(range(BLOCKS)), without_mlp=(3,))
+    assert "runs all 8 blocks, without mlp in 3 (per_layer_config)" in report.to_text()
+    assert report.to_dict()["plan"]["without_mlp"] == (3,)

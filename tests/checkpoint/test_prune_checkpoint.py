@@ -10,9 +10,11 @@ import torch
 from tiny_files import BLOCKS, tiny_tensors
 
 from sparsert import __version__
-from sparsert.checkpoint import Checkpoint, PruneSummary, open_checkpoint, prune_checkpoint
+from sparsert.checkpoint import Checkpoint, PruneSummary, inspect_checkpoint, open_checkpoint, prune_checkpoint
+from sparsert.checkpoint.prune import base_plan
 from sparsert.compress import magnitude_mask
-from sparsert.errors import InputError
+from sparsert.errors import CheckpointError, InputError
+from sparsert.schedule import LayerPlan
 
 Make = Callable[..., Path]
 
@@ -40,6 +42,8 @@ def test_block_linears_are_masked_and_nothing_else(make_directory: Make, tmp_pat
         "base_num_blocks": BLOCKS,
         "kept_blocks": list(range(BLOCKS)),
         "removed_blocks": [],
+        "without_attention": [],
+        "without_mlp": [],
         "dense_linears": [],
     }
     assert all(pruned.claims_two_of_four(name) for name in pruned.block_linears())
@@ -47,13 +51,13 @@ def test_block_linears_are_masked_and_nothing_else(make_directory: Make, tmp_pat
 
 def test_blocks_removed_twice_keep_the_numbering_of_the_base(make_directory: Make, tmp_path: Path) -> None:
     tensors = tiny_tensors()
-    prune(open_checkpoint(make_directory(tensors)), tmp_path / "one", kept_blocks=[0, 1, 2, 3, 5, 6, 7])
+    prune(open_checkpoint(make_directory(tensors)), tmp_path / "one", plan=LayerPlan.remove(BLOCKS, [4]))
     summary = prune(
         open_checkpoint(tmp_path / "one"),
         tmp_path / "two",
         method="none",
         mask_maker=None,
-        kept_blocks=[0, 1, 2, 3, 5, 6],
+        plan=LayerPlan.remove(7, [4]),
         base_model="one",
     )
     assert summary.removed_blocks == (4,) and summary.masked_linears == 0 and summary.method == "none"
@@ -67,9 +71,33 @@ def test_blocks_removed_twice_keep_the_numbering_of_the_base(make_directory: Mak
     assert torch.equal(two.read(f"model.layers.5.{name}"), original * magnitude_mask(original))
 
 
+def test_what_was_removed_is_read_back_in_the_numbering_of_the_base(make_directory: Make, tmp_path: Path) -> None:
+    first = LayerPlan.remove(BLOCKS, [1], skip_mlp=[4], force=True)
+    prune(open_checkpoint(make_directory()), tmp_path / "one", plan=first)
+    one = open_checkpoint(tmp_path / "one")
+    assert LayerPlan.from_record(one.config["sparsert"]) == first
+    assert "runs 7 of 8 blocks: 0,2-7 (removed: 1), without mlp in 4" in inspect_checkpoint(one).to_text()
+    # blocks 4 and 5 of the base are now 3 and 4; losing its attention as well, the first of them goes as a whole
+    again = LayerPlan.remove(7, skip_attention=[3, 4], force=True)
+    summary = prune(one, tmp_path / "two", plan=again, mask_maker=None)
+    assert (summary.removed_blocks, summary.without_attention, summary.without_mlp) == ((3,), (4,), ())
+    two = open_checkpoint(tmp_path / "two")
+    assert LayerPlan.from_record(two.config["sparsert"]) == LayerPlan(8, (0, 2, 3, 5, 6, 7), without_attention=(5,))
+    assert base_plan(two.config, LayerPlan.remove(6, [0], force=True)).removed == (0, 1, 4)
+    with pytest.raises(CheckpointError, match="num_hidden_layers is 5, but the sparsert record names 6 kept blocks"):
+        base_plan(two.config, LayerPlan.full(5))
+    with pytest.raises(CheckpointError, match=r"sparsert record .* is damaged .*base_num_blocks"):
+        base_plan({"sparsert": {"kept_blocks": [0]}}, LayerPlan.full(1))
+
+
 def test_only_removing_blocks_claims_nothing(make_directory: Make, tmp_path: Path) -> None:
     tensors = tiny_tensors()
-    prune(open_checkpoint(make_directory(tensors)), tmp_path / "out", mask_maker=None, kept_blocks=[0, 1, 2, 3, 6, 7])
+    prune(
+        open_checkpoint(make_directory(tensors)),
+        tmp_path / "out",
+        mask_maker=None,
+        plan=LayerPlan.remove(BLOCKS, [4, 5]),
+    )
     out = open_checkpoint(tmp_path / "out")
     assert out.config["sparsert"]["pattern"] is None and out.config["sparsert"]["method"] == "none"
     assert not any(out.claims_two_of_four(name) for name in out.names)
@@ -80,7 +108,7 @@ def test_only_removing_blocks_claims_nothing(make_directory: Make, tmp_path: Pat
 def test_widths_that_have_no_groups_stay_dense(make_directory: Make, tmp_path: Path) -> None:
     tensors = tiny_tensors()
     tensors["model.layers.6.mlp.up_proj.weight"] = torch.randn(8, 22)
-    summary = prune(open_checkpoint(make_directory(tensors)), tmp_path / "out", kept_blocks=[0, 1, 2, 3, 6, 7])
+    summary = prune(open_checkpoint(make_directory(tensors)), tmp_path / "out", plan=LayerPlan.remove(BLOCKS, [4, 5]))
     out = open_checkpoint(tmp_path / "out")
     odd = "model.layers.4.mlp.up_proj.weight"
     assert summary.dense_linears == (odd,) and out.config["sparsert"]["dense_linears"] == [odd]
@@ -105,7 +133,7 @@ def test_transformers_opens_the_result(tmp_path: Path) -> None:
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
     source = open_checkpoint(tmp_path / "base")
-    prune(source, tmp_path / "out", kept_blocks=[0, 1, 2, 3, 6, 7], shard_bytes=20_000)
+    prune(source, tmp_path / "out", plan=LayerPlan.remove(BLOCKS, [4, 5]), shard_bytes=20_000)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.num_hidden_layers == 6 and model.config.sparsert["removed_blocks"] == [4, 5]
     ours = open_checkpoint(tmp_path / "out")

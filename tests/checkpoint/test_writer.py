@@ -12,7 +12,9 @@ import torch
 from tiny_files import BLOCKS, tiny_config, tiny_tensors
 
 from sparsert.checkpoint import block_of, open_checkpoint, pruned_config, write_checkpoint
+from sparsert.checkpoint.writer import stored_plan
 from sparsert.errors import CheckpointError, InputError
+from sparsert.schedule import LayerPlan
 
 Make = Callable[..., Path]
 
@@ -40,8 +42,8 @@ def test_removed_blocks_are_left_out_and_the_rest_renumbered(make_directory: Mak
     tensors = tiny_tensors()
     config = tiny_config(layer_types=[f"kind{block}" for block in range(BLOCKS)])
     source = open_checkpoint(make_directory(tensors, config))
-    kept = [0, 1, 4, 7]
-    write_checkpoint(source, tmp_path / "short", kept_blocks=kept)
+    kept = (0, 1, 4, 7)
+    write_checkpoint(source, tmp_path / "short", plan=LayerPlan(BLOCKS, kept))
     short = open_checkpoint(tmp_path / "short")
     assert short.num_blocks == 4
     assert short.config["layer_types"] == ["kind0", "kind1", "kind4", "kind7"]
@@ -63,14 +65,14 @@ def test_config_lists_are_cut() -> None:
         "other": [1, 2],
         "rope_scaling": {"long_factor": [1, 2, 3, 4]},
     }
-    pruned = pruned_config(config, [0, 1, 3])
+    pruned = pruned_config(config, LayerPlan(4, (0, 1, 3), without_mlp=(3,)))
     assert pruned == {
         **config,
         "num_hidden_layers": 3,
         "layer_types": ["a", "b", "d"],
         "no_rope_layers": [1, 0, 1],
         "mlp_only_layers": [0, 2],
-        "per_layer_config": {"1": {"x": 1}, "2": {"x": 3}},
+        "per_layer_config": {"1": {"x": 1}, "2": {"x": 3, "skip": ["mlp"]}},
     }
     assert config["num_hidden_layers"] == 4
 
@@ -153,9 +155,44 @@ def test_targets(make_directory: Make, tmp_path: Path) -> None:
         write_checkpoint(source, tmp_path / "file")
     with pytest.raises(CheckpointError, match="the parent directory does not exist"):
         write_checkpoint(source, tmp_path / "absent" / "out")
-    for kept in ([], [1, 0], [0, 0], [0, BLOCKS], [-1, 2]):
-        with pytest.raises(InputError, match=r"kept_blocks .*increasing block indices from 0-7"):
-            write_checkpoint(source, tmp_path / "new", kept_blocks=kept)
+    with pytest.raises(InputError, match="layer plan is for 9 blocks, the model has 8"):
+        write_checkpoint(source, tmp_path / "new", plan=LayerPlan.full(BLOCKS + 1))
+
+
+def test_skipped_halves_lose_their_tensors(make_directory: Make, tmp_path: Path) -> None:
+    tensors = tiny_tensors()
+    for block in range(BLOCKS):
+        tensors[f"model.layers.{block}.post_attention_layernorm.weight"] = torch.randn(24)
+    plan = LayerPlan.remove(BLOCKS, [0], skip_attention=[4], skip_mlp=[5], force=True)
+    write_checkpoint(open_checkpoint(make_directory(tensors)), tmp_path / "out", plan=plan)
+    out = open_checkpoint(tmp_path / "out")
+    assert out.config["per_layer_config"] == {"3": {"skip": ["attention"]}, "4": {"skip": ["mlp"]}}
+    assert out.num_blocks == 7 and stored_plan(out.config, 7) == LayerPlan(7, tuple(range(7)), (3,), (4,))
+    inside = {
+        block: sorted(n.partition(f"layers.{block}.")[2] for n in out.names if block_of(n) == block) for block in (3, 4)
+    }
+    assert inside == {
+        3: ["mlp.down_proj.weight", "mlp.up_proj.weight", "post_attention_layernorm.weight"],
+        4: ["input_layernorm.weight", "self_attn.k_proj.weight", "self_attn.q_proj.weight"],
+    }
+    # again, from what was written: what is gone stays gone
+    write_checkpoint(out, tmp_path / "again", plan=LayerPlan.remove(7, [2], force=True))
+    again = open_checkpoint(tmp_path / "again")
+    assert again.config["per_layer_config"] == {"2": {"skip": ["attention"]}, "3": {"skip": ["mlp"]}}
+    assert torch.equal(again.read("model.layers.2.mlp.up_proj.weight"), tensors["model.layers.4.mlp.up_proj.weight"])
+
+
+def test_norms_around_each_half_go_with_it(make_directory: Make, tmp_path: Path) -> None:
+    """With norms before and behind each half (Gemma 2 and 3), post_attention_layernorm belongs to attention."""
+    tensors = tiny_tensors()
+    names = ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    for block in range(BLOCKS):
+        tensors |= {f"model.layers.{block}.{name}.weight": torch.randn(24) for name in names}
+    plan = LayerPlan(BLOCKS, tuple(range(BLOCKS)), without_attention=(4,), without_mlp=(5,))
+    write_checkpoint(open_checkpoint(make_directory(tensors)), tmp_path / "out", plan=plan)
+    written = open_checkpoint(tmp_path / "out").names
+    norms = {block: {n.split(".")[3] for n in written if block_of(n) == block and "norm" in n} for block in (4, 5)}
+    assert norms == {4: {*names[1:]}, 5: {"input_layernorm", "post_attention_layernorm"}}
 
 
 def test_config_of_another_depth(make_directory: Make, tmp_path: Path) -> None:

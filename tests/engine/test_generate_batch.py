@@ -25,6 +25,10 @@ class CountingRunner(Runner):
         self.steps.append(longest)
         return super().decode(tokens, longest)
 
+    def decode_greedy(self, tokens: Tensor, longest: int) -> Tensor:
+        self.steps.append(longest)
+        return super().decode_greedy(tokens, longest)
+
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> CountingRunner:

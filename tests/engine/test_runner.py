@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,53 @@ def test_ended_rows_run_along_at_the_end_of_the_cache(model: DecoderModel) -> No
         text.append(int(tokens[1]))
         torch.testing.assert_close(logits[1], model(torch.tensor([text]))[0, -1], atol=1e-5, rtol=1e-5)
     assert bool(logits.isfinite().all())
+
+
+def test_a_greedy_step_is_a_step_and_its_maximum(model: DecoderModel) -> None:
+    prompts = random_prompts([9, 2, 30])
+    chosen = []
+    for greedy in (False, True):
+        runner = Runner(model, 1000)
+        tokens = runner.prefill(prompts, room=60).argmax(-1)
+        chosen.append([tokens.tolist()])
+        for step in range(12):
+            tokens = runner.decode_greedy(tokens, 30 + step) if greedy else runner.decode(tokens, 30 + step).argmax(-1)
+            chosen[-1].append(tokens.tolist())
+        assert runner.lengths.tolist() == [21, 14, 42]
+    assert chosen[0] == chosen[1]
+
+
+def test_several_tokens_at_once_equal_as_many_steps(model: DecoderModel) -> None:
+    """And those that do not count leave nothing behind."""
+    prompts, new = random_prompts([9, 1, 30]), torch.randint(3, 200, (3, 6))
+    runner = Runner(model, 1000)
+    runner.prefill(prompts, room=60)
+    one_by_one = torch.stack([runner.decode(new[:, step], 30 + step) for step in range(6)], dim=1)
+    runner.prefill(prompts, room=60)
+    torch.testing.assert_close(runner.extend(new, 30), one_by_one, atol=1e-5, rtol=1e-5)
+    assert runner.lengths.tolist() == [9, 1, 30], "lengths stay"
+    runner.place_(torch.tensor([9 + 2, 1, 30 + 6]))
+    following = runner.decode(new[:, 0], 36)
+    for row, count in enumerate((2, 0, 6)):
+        text = [*prompts[row], *new[row, :count].tolist(), int(new[row, 0])]
+        torch.testing.assert_close(following[row], model(torch.tensor([text]))[0, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_behind_the_window_leaves_no_nan(model: DecoderModel) -> None:
+    """With sliding attention a row that has ended, far behind the window of the others, would see nothing at all."""
+    shapes = [block.self_attn.shape for block in model.blocks]
+    try:
+        for block, shape in zip(model.blocks, shapes, strict=True):
+            block.self_attn.shape = dataclasses.replace(shape, sliding_window=20)
+        runner = Runner(model, 1000)
+        logits = runner.prefill(random_prompts([600, 5]), room=700)
+        for step in range(3):
+            logits = runner.decode(logits.argmax(-1), 5 + step)  # the first row has ended: the window is 256
+        assert bool(logits.isfinite().all())
+        assert all(bool(keys.isfinite().all()) for keys in runner._workspace.cache.keys)
+    finally:
+        for block, shape in zip(model.blocks, shapes, strict=True):
+            block.self_attn.shape = shape
 
 
 def test_refusals(model: DecoderModel) -> None:

@@ -13,6 +13,7 @@ from sparsert.checkpoint.writer import pruned_config
 from sparsert.errors import CheckpointError, UnsupportedError
 from sparsert.models import DecoderConfig, RopeConfig
 from sparsert.models.families import FAMILIES, SUPPORTED_ARCHITECTURES
+from sparsert.schedule import LayerPlan
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -67,9 +68,11 @@ def test_windows_follow_the_blocks_of_a_shortened_model() -> None:
         config = {"architectures": [architecture], **SIZES, "sliding_window": 6, **more}
         whole = windows(DecoderConfig.from_hf(config))
         kept = [0, 1, 3, 4, 7]
-        assert windows(DecoderConfig.from_hf(pruned_config(config, kept))) == [whole[block] for block in kept]
+        assert windows(DecoderConfig.from_hf(pruned_config(config, LayerPlan(8, tuple(kept))))) == [
+            whole[block] for block in kept
+        ]
         assert 6 in whole and None in whole
-        assert "layer_types" not in pruned_config(config, range(8))
+        assert "layer_types" not in pruned_config(config, LayerPlan.full(8))
 
 
 def test_gemma3_has_a_rope_for_each_kind_of_block() -> None:

@@ -143,7 +143,7 @@ def test_pruned_and_shortened_checkpoint_keeps_its_layers(tmp_path: Path) -> Non
     source = open_checkpoint(directory)
     prune_checkpoint(
         source, tmp_path / "pruned", method="magnitude", mask_maker=lambda name, weight: magnitude_mask(weight),
-        base_model="x", kept_blocks=[0, 1, 2, 4, 5, 6],
+        base_model="x", plan=LayerPlan.remove(BLOCKS, [3], force=True),
     )  # fmt: skip
     pruned = load_model(open_checkpoint(tmp_path / "pruned"), device="cpu")
     assert pruned.report.count("dense") == 0
