@@ -137,6 +137,14 @@ void unpack24_cuda(uintptr_t values, uintptr_t metadata, uintptr_t dense, int N,
 
 bool dependent_launch() { return sparsert::current_device_facts().capability >= 90; }
 
+void dense_linear_cuda(uintptr_t weight, uintptr_t x, uintptr_t bias, uintptr_t y, int M, int N, int K, int64_t ldx,
+                       int blocks, int dtype, uintptr_t stream) {
+  check(sparsert::dense_linear({pointer<void>(weight), pointer<void>(x), pointer<void>(bias), pointer<void>(y), M, N, K,
+                                ldx, static_cast<sparsert::DType>(dtype)},
+                               blocks, dependent_launch(), pointer<void>(stream)),
+        "dense_linear");
+}
+
 void residual_norm_cuda(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t bias, uintptr_t post_weight,
                         uintptr_t stream_out, uintptr_t normed, int rows, int width, float eps, bool centered,
                         bool weight_is_float, int dtype, uintptr_t stream) {
@@ -210,6 +218,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("linear24_choice", &linear24_choice);
   module.def("pack24_cuda", &pack24_cuda);
   module.def("unpack24_cuda", &unpack24_cuda);
+  module.def("dense_linear_cuda", &dense_linear_cuda);
+  module.def("dense_linear_max_batch", &sparsert::dense_linear_max_batch);
   module.def("residual_norm_cuda", &residual_norm_cuda);
   module.def("residual_norm_max_width", &sparsert::residual_norm_max_width);
   module.def("activate_cuda", &activate_cuda);

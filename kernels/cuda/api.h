@@ -60,6 +60,19 @@ int linear24_blocks(Linear24Choice choice, int N);
 int linear24_max_batch();
 int linear24(const Linear24Arguments& arguments, Linear24Choice choice, bool dependent_launch, void* stream);
 
+struct DenseLinearArguments {
+  const void* weight;  // [N, K] contiguous
+  const void* x;       // [M, K], row stride ldx elements, 16-byte aligned rows
+  const void* bias;    // [N] or null
+  void* y;             // [M, N] contiguous
+  int M, N, K;         // M <= dense_linear_max_batch(), K a multiple of 8
+  int64_t ldx;
+  DType dtype;         // bf16 or fp16
+};
+int dense_linear_max_batch();
+// blocks: at most so many, each with several outputs' tiles; 0: one a tile.
+int dense_linear(const DenseLinearArguments& arguments, int blocks, bool dependent_launch, void* stream);
+
 struct Pack24Arguments {
   const void* dense;   // [N, K], row stride ld elements
   const uint8_t* mask; // [N, K] contiguous, non-zero keeps; null: non-zero weights are kept

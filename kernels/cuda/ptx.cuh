@@ -62,20 +62,26 @@ __device__ __forceinline__ uint2 load_stream_8(const void* from) {
   return v;
 }
 
-// m16n8k16 of which rows 8-15 of A are zero: eight query heads. c[2] and c[3] stay zero.
-__device__ __forceinline__ void mma_rows_8(float (&c)[4], uint32_t a_low, uint32_t a_high, uint32_t b_low,
-                                           uint32_t b_high, __nv_bfloat16) {
+__device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                    uint32_t b1, __nv_bfloat16) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a_low), "r"(0), "r"(a_high), "r"(b_low), "r"(b_high));
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ void mma_rows_8(float (&c)[4], uint32_t a_low, uint32_t a_high, uint32_t b_low,
-                                           uint32_t b_high, __half) {
+__device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                    uint32_t b1, __half) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%5}, {%7,%8}, {%0,%1,%2,%3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a_low), "r"(0), "r"(a_high), "r"(b_low), "r"(b_high));
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// m16n8k16 of which rows 8-15 of A are zero: eight query heads. c[2] and c[3] stay zero.
+template <typename T>
+__device__ __forceinline__ void mma_rows_8(float (&c)[4], uint32_t a_low, uint32_t a_high, uint32_t b_low,
+                                           uint32_t b_high, T type) {
+  mma(c, a_low, 0, a_high, 0, b_low, b_high, type);
 }
 
 // ::ordered_metadata: plain mma.sp may run at reduced rate (PTX ISA 8.5); our nibbles are always ordered.

@@ -3,6 +3,7 @@
 from sparsert.ops.activation import ACTIVATIONS, activate
 from sparsert.ops.attention import AttentionShape, decode_attention, explain_attention, rotate, split_heads
 from sparsert.ops.choice import BACKENDS, CAPABILITIES, Capability, Choice
+from sparsert.ops.dense import dense_linear
 from sparsert.ops.linear24 import explain, fuses24, linear24, linear24_close, linear24_open
 from sparsert.ops.norm import DeferredNorm, residual_norm
 from sparsert.ops.pack import pack, unpack
@@ -19,6 +20,7 @@ __all__ = [
     "Tiled",
     "activate",
     "decode_attention",
+    "dense_linear",
     "explain",
     "explain_attention",
     "fuses24",
