@@ -138,10 +138,10 @@ void unpack24_cuda(uintptr_t values, uintptr_t metadata, uintptr_t dense, int N,
 bool dependent_launch() { return sparsert::current_device_facts().capability >= 90; }
 
 void dense_linear_cuda(uintptr_t weight, uintptr_t x, uintptr_t bias, uintptr_t y, int M, int N, int K, int64_t ldx,
-                       int blocks, int dtype, uintptr_t stream) {
+                       int dtype, uintptr_t stream) {
   check(sparsert::dense_linear({pointer<void>(weight), pointer<void>(x), pointer<void>(bias), pointer<void>(y), M, N, K,
                                 ldx, static_cast<sparsert::DType>(dtype)},
-                               blocks, dependent_launch(), pointer<void>(stream)),
+                               dependent_launch(), pointer<void>(stream)),
         "dense_linear");
 }
 

@@ -70,8 +70,7 @@ struct DenseLinearArguments {
   DType dtype;         // bf16 or fp16
 };
 int dense_linear_max_batch();
-// blocks: at most so many, each with several outputs' tiles; 0: one a tile.
-int dense_linear(const DenseLinearArguments& arguments, int blocks, bool dependent_launch, void* stream);
+int dense_linear(const DenseLinearArguments& arguments, bool dependent_launch, void* stream);
 
 struct Pack24Arguments {
   const void* dense;   // [N, K], row stride ld elements

@@ -27,7 +27,7 @@ from sparsert import ops
 from sparsert.errors import InputError
 from sparsert.models.attention import Attention, CausalAttention, SelfAttention, causal_attention
 from sparsert.models.config import DecoderConfig, LinearShape, MLPConfig, NormConfig, RopeConfig
-from sparsert.models.linears import LinearGroup, meta_linear, takes_tiles
+from sparsert.models.linears import DenseLinear, LinearGroup, meta_linear, takes_tiles
 from sparsert.models.report import LoadReport
 from sparsert.models.rope import RotaryEmbedding
 from sparsert.nn import SparseLinear
@@ -227,7 +227,7 @@ class DecoderModel(nn.Module):
         self.rotaries = nn.ModuleList(tables.values())
         self.blocks = nn.ModuleList(blocks)
         self.norm = Norm(config.hidden_size, config.norm)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
+        self.lm_head = DenseLinear(config.hidden_size, config.vocab_size, bias=False, device="meta")
         self._routes: dict[LayerPlan, tuple[_Stop, ...]] = {}
 
     @property

@@ -21,14 +21,22 @@ from sparsert.models.config import LinearShape
 from sparsert.nn import SparseLinear
 
 
-def meta_linear(shape: LinearShape) -> nn.Linear:
+class DenseLinear(nn.Linear):
+    """A dense layer that :func:`sparsert.ops.dense_linear` runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` -> ``[..., out_features]``."""
+        return ops.dense_linear(x, self.weight, self.bias)
+
+
+def meta_linear(shape: LinearShape) -> DenseLinear:
     """A linear layer of the right shape that holds no memory."""
-    return nn.Linear(shape.in_features, shape.out_features, bias=shape.bias, device="meta")
+    return DenseLinear(shape.in_features, shape.out_features, bias=shape.bias, device="meta")
 
 
-def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def dense_linear(weight: Tensor, bias: Tensor | None) -> DenseLinear:
     """A linear layer around existing tensors, without a copy and without gradients."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear = DenseLinear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)

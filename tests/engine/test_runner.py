@@ -91,7 +91,7 @@ def test_ended_rows_run_along_at_the_end_of_the_cache(model: DecoderModel) -> No
         tokens = logits.argmax(-1)
         logits = runner.decode(tokens, len(text))
         text.append(int(tokens[1]))
-        torch.testing.assert_close(logits[1], model(torch.tensor([text]))[0, -1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits[1], model(torch.tensor([text]))[0, -1], atol=1e-4, rtol=1e-4)
     assert bool(logits.isfinite().all())
 
 
@@ -116,13 +116,13 @@ def test_several_tokens_at_once_equal_as_many_steps(model: DecoderModel) -> None
     runner.prefill(prompts, room=60)
     one_by_one = torch.stack([runner.decode(new[:, step], 30 + step) for step in range(6)], dim=1)
     runner.prefill(prompts, room=60)
-    torch.testing.assert_close(runner.extend(new, 30), one_by_one, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(runner.extend(new, 30), one_by_one, atol=1e-4, rtol=1e-4)
     assert runner.lengths.tolist() == [9, 1, 30], "lengths stay"
     runner.place_(torch.tensor([9 + 2, 1, 30 + 6]))
     following = runner.decode(new[:, 0], 36)
     for row, count in enumerate((2, 0, 6)):
         text = [*prompts[row], *new[row, :count].tolist(), int(new[row, 0])]
-        torch.testing.assert_close(following[row], model(torch.tensor([text]))[0, -1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(following[row], model(torch.tensor([text]))[0, -1], atol=1e-4, rtol=1e-4)
 
 
 def test_a_row_behind_the_window_leaves_no_nan(model: DecoderModel) -> None:

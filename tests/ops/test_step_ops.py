@@ -247,6 +247,36 @@ def test_tiles_change_nothing(shape: tuple[int, int]) -> None:
                 assert torch.equal(first.resolve(), second.resolve())
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(16, 8), (17, 40), (100, 72), (1000, 4096), (31, 1000), (50, 33)])
+def test_dense_linear(device: str, shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for dtype in dtypes_of(device):
+        weight = torch.randn(shape, generator=generator).to(device, dtype)
+        bias = torch.randn(shape[0], generator=generator).to(device, dtype)
+        for batch in (1, 2, 7, 8, 9, 16):
+            # rows of a wider tensor, and leading dimensions
+            x = torch.randn(batch, 1, shape[1] + 8, generator=generator).to(device, dtype)[..., : shape[1]]
+            for added in (bias, None):
+                y = ops.dense_linear(x, weight, added)
+                exact = functional.linear(x.double(), weight.double(), None if added is None else added.double())
+                plain = functional.linear(x, weight, added).double()
+                assert y.shape == exact.shape and y.dtype == dtype
+                assert (y.double() - exact).norm() <= 1.5 * (plain - exact).norm() + 1e-6 * exact.norm()
+
+
+@pytest.mark.gpu
+def test_which_dense_layers_have_a_kernel() -> None:
+    from sparsert.ops.dense import takes_dense
+
+    def x(rows: int, width: int = 64) -> Tensor:
+        return torch.ones(rows, width, device="cuda", dtype=torch.bfloat16)
+
+    built = native.cuda_reason(torch.device("cuda")) is None
+    assert takes_dense(x(8), x(3)) == built
+    assert not takes_dense(x(9), x(3)) and not takes_dense(x(1, 36), x(3, 36)) and not takes_dense(x(1).float(), x(3))
+
+
 def test_a_gate_needs_an_activation() -> None:
     packed = ops.pack(random_24(32, 32, dtype=torch.float32, device="cpu"))
     with pytest.raises(InputError, match="a gate needs an activation"):
