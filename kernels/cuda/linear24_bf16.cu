@@ -1,0 +1,9 @@
+// linear24.cuh for bfloat16.
+#include "linear24.cuh"
+
+namespace sparsert::linear24_detail {
+
+const Config* const kBFloat16Configs = kConfigs<__nv_bfloat16>;
+const int kConfigCount = sizeof(kConfigs<__nv_bfloat16>) / sizeof(Config);
+
+}  // namespace sparsert::linear24_detail
