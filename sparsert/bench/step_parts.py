@@ -4,7 +4,7 @@
     attention                   attention over the cache, rope, its mask, and writing keys and values
     norms, rope, activation     everything else between the embedding and the head
     head                        the projection onto the vocabulary
-    sampling                    what comes behind the head: from logits to tokens
+    sampling                    what comes behind the head: a soft cap, and from logits to tokens
     gaps                        nothing runs
 
 A CUDA graph says of a kernel its name and its time and nothing of the layer that asked for it, so names it has
