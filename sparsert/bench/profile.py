@@ -1,12 +1,14 @@
 """``sparsert bench profile``: one decode step, split into parts, for the dense model and the pruned one.
 
 It answers why a speed-up is what it is: 2:4 shortens the linear layers and nothing else, so what attention,
-norms, the head and gaps take is what remains. How times are taken stands in ``step_profile``.
+norms, the head and gaps take is what remains. On a GPU it also shows the longest time in which no kernel runs. How
+times are taken stands in ``step_profile``.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 from typing import Any
 
@@ -23,8 +25,14 @@ from sparsert.errors import InputError
 EXAMPLES = """\
 examples:
   sparsert bench profile --arch llama-3.1-8b --batch 1,16 --output profile.json
-  sparsert bench profile --model DIR --remove-blocks 21-25,27 --context 2048
+  sparsert bench profile --model DIR --remove-blocks 21-25,27 --context 2048 --top 10
 """
+
+#: Above it a note says that the profiler changed the step's time.
+_PROFILER_TOLERANCE = 0.03
+
+#: Characters of a kernel's name that are shown; the record has all of it.
+_NAME_WIDTH = 90
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +42,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     step = parser.add_argument_group("the step")
     step.add_argument("--batch", metavar="LIST", default="1", help="texts at once, each profiled (default: 1)")
     step.add_argument("--context", metavar="N", type=int, default=128, help="tokens before the step (default: 128)")
-    step.add_argument("--steps", metavar="N", type=int, default=20, help="steps that are averaged (default: 20)")
+    step.add_argument("--steps", metavar="N", type=int, default=20, help="steps that are measured (default: 20)")
+    step.add_argument(
+        "--top", metavar="N", type=int, default=0, help="also list the N kernels that add most (default: 0)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -45,6 +56,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         CutOff: a signal ended the run; it has the record so far.
     """
     from sparsert.bench.records import new_record
+    from sparsert.bench.step_profile import SPARE_POSITIONS
     from sparsert.engine.runner import MAX_BATCH_SIZE
     from sparsert.models import resolve_device
 
@@ -57,8 +69,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for option, value in (("--context", arguments.context), ("--steps", arguments.steps)):
         if value < 1:
             raise InputError(f"{option} {value}: give a whole number from 1")
-    # besides the profiled steps there are a few to warm up
-    most = subject.config.max_position_embeddings - arguments.steps - 16
+    if arguments.top < 0:
+        raise InputError(f"--top {arguments.top}: give a whole number from 0")
+    most = subject.config.max_position_embeddings - arguments.steps - SPARE_POSITIONS
     if arguments.context > most:
         raise InputError(f"--context {arguments.context}: {subject.name} has room for {most} and the steps; give fewer")
     record = new_record(
@@ -90,11 +103,13 @@ def _profile(
     model = build_model(subject, device)
     for batch in batches:
         found = profile_step(model, batch, arguments.context, steps=arguments.steps)
-        if found.overlap > 1:
+        ratio = found.profiled_us / found.step_us
+        if abs(ratio - 1) > _PROFILER_TOLERANCE:
             record["notes"].append(
-                f"{subject.corner}, batch {batch}: kernels overlap, their times add up to {found.overlap:.3f} of the "
-                "step and were scaled to it"
+                f"{subject.corner}, batch {batch}: under the profiler the step took {ratio:.3f} of its time; the parts "
+                "are its shares of the time without it"
             )
+        top = found.operations[: arguments.top]
         record["results"] += [
             {
                 "peer": _peer(subject),
@@ -107,7 +122,11 @@ def _profile(
                 "us": spent,
                 "share": spent / found.step_us,
                 "step_us": found.step_us,
+                "profiled_us": found.profiled_us,
+                "kernels": found.kernels,
+                "largest_gap_us": found.largest_gap_us,
             }
+            | ({"top": [dataclasses.asdict(operation) for operation in top if operation.part == name]} if top else {})
             for name, spent in found.parts_us.items()
         ]
 
@@ -123,7 +142,7 @@ def _subjects(subject: Subject, *, with_dense: bool) -> list[Subject]:
 
 
 def table_lines(record: dict[str, Any]) -> list[str]:
-    """The table for people: a column for each model and batch, a line for each part; below it notes."""
+    """The table for people: a column for each model and batch, a line for each part; below it kernels and notes."""
     rows = record["results"]
     columns = list(dict.fromkeys((row["corner"], row["batch"]) for row in rows))
     parts = list(dict.fromkeys(row["part"] for row in rows))
@@ -136,4 +155,24 @@ def table_lines(record: dict[str, Any]) -> list[str]:
         lines.append(f"{part:<26}" + "".join(f"{cell['us']:>24.1f}{cell['share']:>8.1%}" for cell in cells))
     steps = [by_place[(*column, parts[0])]["step_us"] for column in columns]
     lines.append(f"{'all':<26}" + "".join(f"{step:>24.1f}{1:>8.1%}" for step in steps))
+    for corner, batch in columns:
+        of_column = [by_place[corner, batch, part] for part in parts]
+        lines += _kernel_lines(f"{corner}, batch {batch}", of_column)
     return lines + remarks(record)
+
+
+def _kernel_lines(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    """What there is to say of the kernels of one profile: how many, the largest gap, and those that add most."""
+    lines = []
+    if rows[0].get("kernels") is not None:  # neither on a CPU nor in older records
+        gap = rows[0]["largest_gap_us"]
+        lines.append(f"{name}: {rows[0]['kernels']} kernels a step, largest gap between two {gap:.1f} us")
+    top = sorted((entry for row in rows for entry in row.get("top", ())), key=lambda entry: -entry["us"])
+    if top:
+        lines.append(f"{f'adding most to {name}':<50}{'us':>10}{'count':>8}{'us each':>10}  name")
+    for entry in top:
+        # several kernels of one name, or on a CPU an operator that does not run in every step
+        each = entry["us"] / max(1, entry["count"])
+        shown = entry["name"].removeprefix("void ").replace("(anonymous namespace)::", "")[:_NAME_WIDTH]
+        lines.append(f"{entry['part']:<50}{entry['us']:>10.1f}{entry['count']:>8}{each:>10.2f}  {shown}")
+    return lines

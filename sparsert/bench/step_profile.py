@@ -1,51 +1,35 @@
-"""Where the time of one decode step goes: torch's profiler over a step, sorted by the part of the model.
+"""Where the time of one decode step goes, measured on the step that users run.
 
-Every part of the model runs inside a named range, and each kernel belongs to the innermost range around the
-operator that launched it:
+The engine's own runner decodes greedily, from the same place each time. On a GPU that is one CUDA graph a step:
+once it is replayed alone, timed by CUDA events, and once under torch's profiler, whose timeline of kernels says
+how the step is made up (:mod:`sparsert.bench.timeline`). The profiler itself costs time, so its shares are
+applied to the time without it, and ``profiled_us`` shows how far the two are apart.
 
-    step
-      linears                     q k v, o, gate up, down of every block
-      attention                   attention over the cache, its mask, and writing keys and values
-      norms, rope, activation     everything else between the embedding and the head
-      head                        the projection onto the vocabulary
-      sampling                    from logits to tokens
-      gaps                        what is left of the step's time: no kernel runs
-
-On a GPU kernel times come from steps launched one operator at a time, and the time of the whole step from the
-CUDA graph that users run; gaps are the difference. Kernels that overlap (programmatic launch) can add up to
-more than the step; they are then scaled to it, and ``overlap`` says by how much. On a CPU the times are those of
-operators, the step is the profiled one, and gaps are Python.
+On a CPU the times are those of operators (:mod:`sparsert.bench.operator_times`), the step is the profiled one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-from sparsert import ops
-from sparsert.engine.cache import DecodeAttention, KVCache, PrefillAttention
-from sparsert.engine.params import SamplingParams
-from sparsert.engine.runner import Runner, window_for
-from sparsert.engine.sampler import Sampler
+from sparsert.bench.operator_times import attention_ranges, read_operators, step_range
+from sparsert.bench.timeline import DeviceEvent, OperationTime, read_timeline
+from sparsert.engine.runner import Runner
 from sparsert.models import DecoderModel
-from sparsert.models.decoder import SelfAttention
 
-LINEARS, ATTENTION, OTHER = "linears", "attention", "norms, rope, activation"
-HEAD, SAMPLING, GAPS = "head", "sampling", "gaps"
-
-#: In the order in which they are shown.
-PARTS = (LINEARS, ATTENTION, OTHER, HEAD, SAMPLING, GAPS)
-
-#: Names of ranges start with it, so that no operator is taken for one.
-_RANGE = "sparsert.bench: "
-
-_LENGTH_UNIT = 16
+#: They also capture the graph, and warm up clocks and caches.
 _WARM_UP_STEPS = 3
+
+#: A step is recognized by being repeated.
+_LEAST_REPLAYS = 2
+
+#: Positions that :func:`profile_step` may need beside the context and the steps.
+SPARE_POSITIONS = _WARM_UP_STEPS + _LEAST_REPLAYS + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +37,21 @@ class StepProfile:
     """Time inside one decode step.
 
     Attributes:
-        parts_us: microseconds by name of :data:`PARTS`; they add up to ``step_us``.
-        step_us: of the whole step, sampling included.
-        overlap: sum of all kernel times over ``step_us`` if it is above 1, else 1.
+        parts_us: microseconds by name of :data:`sparsert.bench.step_parts.PARTS`; they add up to ``step_us``.
+        step_us: of the whole step, from the end of the one before to its own end.
+        profiled_us: the same under the profiler; on a CPU equal to ``step_us``.
+        kernels: kernels, copies and fills in the step; None on a CPU.
+        largest_gap_us: longest time between kernels inside the step in which nothing ran, under the profiler; None
+            on a CPU.
+        operations: kernels, on a CPU operators, by name, what adds most to ``step_us`` first.
     """
 
     parts_us: dict[str, float]
     step_us: float
-    overlap: float
+    profiled_us: float
+    kernels: int | None
+    largest_gap_us: float | None
+    operations: tuple[OperationTime, ...]
 
 
 def profile_step(model: DecoderModel, batch: int, context: int, *, steps: int) -> StepProfile:
@@ -69,144 +60,102 @@ def profile_step(model: DecoderModel, batch: int, context: int, *, steps: int) -
     Args:
         model: on a CPU or GPU.
         batch: texts, at most what the engine runs at once.
-        context: tokens in the cache before the first profiled step.
-        steps: profiled steps, which are averaged; timed ones on a GPU are as many.
+        context: tokens in the cache before the first step; the model needs room for these, the steps and
+            :data:`SPARE_POSITIONS`.
+        steps: on a GPU as many are timed, and the median one of as many is looked into (at least two); on a CPU they
+            are averaged.
+
+    Raises:
+        UnsupportedError: the profiler's record cannot be cut into steps.
     """
-    prompts = torch.randint(model.config.vocab_size, (batch, context)).tolist()
-    with torch.inference_mode():
-        events = _profiled_events(model, prompts, steps)
-    spent = dict.fromkeys(PARTS, 0.0)
-    on_gpu = model.device.type == "cuda"
-    for event in events:
-        part = _part_of(event)
-        if part is None or event.name.startswith(_RANGE):
-            continue
-        spent[part] += sum(k.duration for k in event.kernels) if on_gpu else event.self_cpu_time_total
-    spent = {part: value / steps for part, value in spent.items()}
-    if on_gpu:
-        step_us = _graph_step_us(model, prompts, steps)
-    else:
-        step_us = sum(e.cpu_time_total for e in events if e.name == _RANGE + "step") / steps
-    busy = sum(spent.values())
-    overlap = max(1.0, busy / step_us)
-    spent = {part: value / overlap for part, value in spent.items()}
-    spent[GAPS] = max(0.0, step_us - busy)
-    return StepProfile(spent, step_us, overlap)
+    if model.device.type == "cuda":
+        return _profile_graph(model, batch, context, max(steps, _LEAST_REPLAYS))
+    decoding = _Decoding(model, batch, context, steps)
+    with attention_ranges(model):
+        decoding.begin()
+        events = _profiled(decoding, steps, ProfilerActivity.CPU)
+    parts_us, operations = read_operators(events, steps)
+    step_us = sum(parts_us.values())
+    return StepProfile(parts_us, step_us, step_us, None, None, tuple(operations))
 
 
-def _profiled_events(model: DecoderModel, prompts: list[list[int]], steps: int) -> list[Any]:
-    from torch.profiler import ProfilerActivity, profile
-
-    device, config = model.device, model.config
-    batch, context = len(prompts), len(prompts[0])
-    longest = context + _WARM_UP_STEPS + steps
-    # as many positions as the engine's step reads
-    length = -(-window_for(longest, config.max_position_embeddings) // _LENGTH_UNIT) * _LENGTH_UNIT
-    model.reserve_positions_(length)
-    cache = KVCache(model.attention_shapes, batch, length, device, model.dtype)
-    tokens = torch.tensor(prompts, device=device)
-    last = torch.full((batch,), context - 1, device=device)
-    logits = model(tokens, PrefillAttention(cache), rows=last)
-    sampler = Sampler(SamplingParams(), prompts, config.vocab_size, device)
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    chosen = sampler(logits)
-
-    def step(number: int, chosen: Tensor) -> Tensor:
-        with _range("step"):
-            lengths = torch.full((batch,), context + number, device=device)
-            with _range(ATTENTION):
-                attention = _RangedAttention(DecodeAttention(cache, lengths, length))
-            logits = model(chosen.unsqueeze(1), attention).squeeze(1)
-            with _range(SAMPLING):
-                return sampler(logits)
-
-    with _ranges_in(model):
-        for number in range(_WARM_UP_STEPS):
-            chosen = step(number, chosen)
-        _wait(device)
-        with profile(activities=activities, acc_events=True) as profiler:
-            for number in range(_WARM_UP_STEPS, _WARM_UP_STEPS + steps):
-                chosen = step(number, chosen)
-            _wait(device)
-    return list(profiler.events() or [])
+def _profile_graph(model: DecoderModel, batch: int, context: int, steps: int) -> StepProfile:
+    # one step more: the first kernels after its start may escape the profiler
+    decoding = _Decoding(model, batch, context, steps + 1)
+    step_us = _timed_us(decoding, steps, model.device)
+    decoding.begin()
+    events = _profiled(decoding, steps + 1, ProfilerActivity.CUDA)
+    timeline = read_timeline(_device_events(events), steps)
+    scale = step_us / timeline.span_us
+    return StepProfile(
+        {part: us * scale for part, us in timeline.parts_us.items()},
+        step_us,
+        timeline.span_us,
+        timeline.kernels,
+        timeline.largest_gap_us,
+        tuple(dataclasses.replace(operation, us=operation.us * scale) for operation in timeline.operations),
+    )
 
 
-def _graph_step_us(model: DecoderModel, prompts: list[list[int]], steps: int) -> float:
-    """Microseconds of a step as the engine runs it: the graph, then sampling, nothing waited for in between."""
-    runner = Runner(model, model.config.max_position_embeddings)
-    context = len(prompts[0])
-    logits = runner.prefill(prompts, context + _WARM_UP_STEPS + steps)
-    sampler = Sampler(SamplingParams(), prompts, model.config.vocab_size, model.device)
-    tokens = sampler(logits)
+class _Decoding:
+    """Greedy decoding of random prompts by the engine, which can begin again from the same place."""
+
+    def __init__(self, model: DecoderModel, batch: int, context: int, steps: int) -> None:
+        prompts = torch.randint(model.config.vocab_size, (batch, context)).tolist()
+        room = context + _WARM_UP_STEPS + steps
+        self._device = model.device
+        self._runner = Runner(model, model.config.max_position_embeddings)
+        self._first = self._runner.prefill(prompts, room).argmax(dim=-1)
+        self._tokens = self._first
+        self._lengths = self._runner.lengths
+        # the same for all steps, so that they read one window of the cache and are one graph
+        self._longest = room - 1
+
+    def begin(self) -> None:
+        """Go back to behind the prompts and warm up; steps after that are graphs alone, nothing is copied for them."""
+        self._runner.place_(self._lengths)
+        self._tokens = self._first
+        for _ in range(_WARM_UP_STEPS):
+            self.step()
+        self.wait()
+
+    def step(self) -> None:
+        """Decode one token of each text; nothing waits for a GPU."""
+        self._tokens = self._runner.decode_greedy(self._tokens, self._longest)
+
+    def wait(self) -> None:
+        """Until all steps are done."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def _timed_us(decoding: _Decoding, steps: int, device: torch.device) -> float:
+    """Microseconds of a step by CUDA events around all of them."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for number in range(_WARM_UP_STEPS + steps):
-        if number == _WARM_UP_STEPS:
-            _wait(model.device)
-            begin.record(torch.cuda.current_stream(model.device))
-        tokens = sampler(runner.decode(tokens, context + number))
-    end.record(torch.cuda.current_stream(model.device))
-    _wait(model.device)
+    decoding.begin()
+    decoding.step()  # keeps the GPU busy while the first timed step is launched
+    begin.record(torch.cuda.current_stream(device))
+    for _ in range(steps):
+        decoding.step()
+    end.record(torch.cuda.current_stream(device))
+    decoding.wait()
     return float(begin.elapsed_time(end)) * 1e3 / steps
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _profiled(decoding: _Decoding, steps: int, activity: ProfilerActivity) -> list[Any]:
+    """What torch's profiler sees of some steps."""
+    with profile(activities=[activity], acc_events=True) as profiler:
+        for _ in range(steps):
+            with step_range() if activity is ProfilerActivity.CPU else contextlib.nullcontext():
+                decoding.step()
+        decoding.wait()
+    return list(profiler.events() or [])
 
 
-def _range(name: str) -> contextlib.AbstractContextManager[Any]:
-    from torch.profiler import record_function
-
-    return record_function(_RANGE + name)
-
-
-class _RangedAttention:
-    """Attention inside its range."""
-
-    def __init__(self, attention: DecodeAttention) -> None:
-        self._attention = attention
-
-    def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor | ops.Tiled:
-        with _range(ATTENTION):
-            return self._attention(slot, heads, layer)
-
-
-@contextlib.contextmanager
-def _ranges_in(model: DecoderModel) -> Iterator[None]:
-    """Put linear layers and the head inside their ranges; taken away again at the end."""
-    parts: list[tuple[nn.Module, str]] = [(model.lm_head, HEAD)]
-    for module in model.blocks:
-        block: Any = module
-        for layer in (block.self_attn, block.mlp):
-            if layer is not None:
-                parts += [(child, LINEARS) for child in layer.children()]
-    open_ranges: list[contextlib.AbstractContextManager[Any]] = []
-
-    def enter(name: str) -> Any:
-        def hook(*_: Any) -> None:
-            open_ranges.append(_range(name))
-            open_ranges[-1].__enter__()
-
-        return hook
-
-    def leave(*_: Any) -> None:
-        open_ranges.pop().__exit__(None, None, None)
-
-    handles: list[Any] = []
-    for part, name in parts:
-        handles += [part.register_forward_pre_hook(enter(name)), part.register_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _part_of(event: Any) -> str | None:
-    """The part an event belongs to, by the innermost range around it; None outside of a step."""
-    while event is not None:
-        if event.name.startswith(_RANGE):
-            name = event.name.removeprefix(_RANGE)
-            return OTHER if name == "step" else name
-        event = event.cpu_parent
-    return None
+def _device_events(events: list[Any]) -> list[DeviceEvent]:
+    """What ran on the GPU: kernels, copies, fills; not the host's calls, nor named ranges drawn on the device."""
+    return [
+        DeviceEvent(event.time_range.start, event.time_range.end, event.name)
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]

@@ -314,6 +314,16 @@ def test_what_was_only_predicted_is_hollow() -> None:
     assert draw(batch).count(" open") == 1
 
 
+def test_a_step_says_its_kernels_and_largest_gap_once() -> None:
+    text = re.sub(r"<[^>]+>", "", build_page([samples.profile()]).html)
+    assert text.count("llama-3.1-8b, 2:4, batch 1: 165 kernels a step, largest gap between two 1.2 µs.") == 1
+    assert text.count("largest gap between two") == 2
+    older = samples.profile()
+    for row in older["results"]:
+        del row["kernels"], row["largest_gap_us"], row["profiled_us"]
+    assert "largest gap between two" not in build_page([older]).html
+
+
 def test_figures_have_names_of_their_own() -> None:
     page = build_page([samples.profile(), samples.profile(), samples.profile(), samples.fit()])
     slugs = [figure.slug for figure in page.figures]

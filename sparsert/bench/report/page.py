@@ -8,6 +8,7 @@ record was not given is left out, and a sentence at the end says how to get it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -228,8 +229,10 @@ def _step(writer: _Writer) -> Callable[[Gpu], str]:
         for record in gpu.of("profile"):
             rows, settings = record.get("results") or [], record.get("settings") or {}
             bars = charts.step_parts(rows, settings, gpu.name)
-            table = tables.profile_table(rows, lambda row, settings=settings: charts.step_name(row, settings))  # type: ignore[misc]
+            name_of = functools.partial(charts.step_name, settings=settings)
+            table = tables.profile_table(rows, name_of)
             out.append(writer.beside(bars, table, "No chart: the record holds no times."))
+            out.append(tables.kernels_of_steps(rows, name_of))
             out.append(tables.every_number(rows, "the decode step"))
         return "".join(out)
 

@@ -139,6 +139,19 @@ def profile_table(rows: Sequence[Row], name_of: Callable[[Row], str]) -> str:
     return table("time of each part of one decode step", columns, rows)
 
 
+def kernels_of_steps(rows: Sequence[Row], name_of: Callable[[Row], str]) -> str:
+    """One sentence a step: how many kernels, and the longest time in which none of them ran; empty without."""
+    said = []
+    for row in rows:
+        gap = number(row, "largest_gap_us")
+        if is_number(row.get("kernels")) and gap is not None:  # not of a CPU, nor in older records
+            said.append(
+                f"{escape(name_of(row))}: {data(row['kernels'])} kernels a step, largest gap between two "
+                f"{data(row['largest_gap_us'], digits(gap, 2))} µs."
+            )
+    return "".join(f'<p class="soft">{sentence}</p>' for sentence in dict.fromkeys(said))
+
+
 def fit_table(rows: Sequence[Row]) -> str:
     """What fits into a memory: predicted from bytes, and what running it took."""
     text = ("corner", "model", "question")
