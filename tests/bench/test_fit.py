@@ -19,7 +19,7 @@ from sparsert.bench.subject import Subject, build_model
 from sparsert.bench.workload import Setting
 from sparsert.cli import main
 from sparsert.errors import InputError
-from sparsert.models.decoder import CausalAttention
+from sparsert.models.attention import CausalAttention
 
 EIGHT_B = Subject("llama-3.1-8b", hf_config("llama-3.1-8b"), "bfloat16", "2:4")
 TINY = Subject("tiny", hf_config("tiny"), "float32", "2:4")
