@@ -14,7 +14,7 @@ from typing import Any
 from sparsert.checkpoint import Checkpoint
 from sparsert.checkpoint.reader import read_json
 from sparsert.errors import CheckpointError, InputError, UnsupportedError
-from sparsert.models.config import token_ids
+from sparsert.models.config_values import token_ids
 
 #: A text, its token ids, or a conversation: messages with "role" and "content".
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sparsert import ops
 from sparsert.errors import InputError
 from sparsert.models.attention import Attention, CausalAttention, SelfAttention
-from sparsert.models.config import DecoderConfig, LinearShape, MLPConfig, NormConfig, RopeConfig
+from sparsert.models.config import DecoderConfig, LinearShape, MLPConfig, NormConfig
 from sparsert.models.linears import LinearGroup, meta_linear, takes_tiles
 from sparsert.models.report import LoadReport
 from sparsert.models.rope import RotaryEmbedding
@@ -205,13 +205,11 @@ class DecoderModel(nn.Module):
         self.plan = plan
         self.report = LoadReport({}, ())
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, device="meta")
-        tables: dict[tuple[RopeConfig, int], RotaryEmbedding] = {}
+        tables = {kind: RotaryEmbedding(*kind) for kind in config.rope_tables(plan)}
         blocks = []
         for index in plan.kept:
-            attention, rotary = config.running(index, plan).attention, None
-            if attention is not None:
-                kind = (attention.rope, attention.shape.rotary_dim)
-                rotary = tables.setdefault(kind, RotaryEmbedding(*kind))
+            attention = config.running(index, plan).attention
+            rotary = None if attention is None else tables[attention.rope, attention.shape.rotary_dim]
             blocks.append(DecoderBlock(config, plan, index, rotary))
         self.rotaries = nn.ModuleList(tables.values())
         self.blocks = nn.ModuleList(blocks)

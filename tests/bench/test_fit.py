@@ -79,6 +79,21 @@ def test_prefill_is_bounded() -> None:
     assert needed.activations(1000, 128) - needed.activations(33, 128) == 967 * 128256 * 8
 
 
+def test_the_cache_has_a_rotary_table_for_each_rope_of_the_blocks_that_run() -> None:
+    sizes = {"num_hidden_layers": 7, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 50, "head_dim": 16}
+    gemma = Subject("gemma", hf_config("gemma-3-1b") | sizes, "float32", "dense")
+    tables = []
+    for removed in ((), (5,)):  # of seven blocks the sixth alone sees the whole text
+        subject = gemma.at_corner(sparse=False, removed=removed)
+        model = build_model(subject, "cpu")
+        model.reserve_positions_(64)
+        bytes_of_tables = sum(buffer.nbytes for buffer in model.rotaries.buffers())
+        needed = fit._BytesNeeded(subject)
+        assert needed.cache(3, 64) == 3 * 64 * needed.card.kv_bytes_per_token + bytes_of_tables
+        tables.append(len(model.rotaries))
+    assert tables == [2, 1]
+
+
 def test_on_a_cpu_it_predicts_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--arch", "llama-3.1-8b", "--remove-blocks", "8", "--corners", "--memory", "24GB", "--device", "cpu")
     record = fit.run(parsed(fit, *words, "--batch", "1,16"))
