@@ -101,8 +101,8 @@ def convert_gguf(gguf: Path, output: Path, *, progress: bool = False) -> None:
         raise CheckpointError(f"{gguf}: is no readable GGUF file ({error}); fetch it again") from error
     if architecture not in _FORMATS:
         raise UnsupportedError(
-            f"{gguf}: architecture {architecture!r}; only {', '.join(_FORMATS)} can be converted from GGUF, get the model "
-            f"as safetensors"
+            f"{gguf}: architecture {architecture!r}; only {', '.join(_FORMATS)} can be converted from GGUF; get the "
+            f"model as safetensors"
         )
     stored = _FORMATS[architecture]
 
