@@ -25,3 +25,8 @@ class UnsupportedError(SparsertError):
 
 class InputError(SparsertError, ValueError):
     """An argument has the wrong type, shape, dtype, device or range."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, for use inside a sentence: its first line without the full stop, or else its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

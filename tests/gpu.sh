@@ -16,14 +16,23 @@ export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 
 python3 -P -m sparsert env | tee "$out/env.txt"
 # -p no:cacheprovider: nothing is written into the tree; -P: the installed package is tested, not the tree.
-# Tests of the measuring room start many processes and wait for them, so they run beside the others.
+# Most tests wait for something other than the GPU, so three parts run beside each other.
+run_tests() {  # name, then arguments for pytest
+  local log="$out/pytest_$1.log"
+  shift
+  python3 -P -m pytest -q -p no:cacheprovider --durations=8 "$@" > "$log" 2>&1
+}
+kernel_tests=(tests/formats tests/kernels tests/nn tests/ops)
+run_tests bench tests/bench &
+bench=$!
+run_tests kernels "${kernel_tests[@]}" &
+kernels=$!
+trap 'kill "$bench" "$kernels" 2> /dev/null || true' EXIT
 failed=0
-python3 -P -m pytest -q -p no:cacheprovider --durations=8 tests/bench > "$out/pytest_bench.log" 2>&1 &
-bench_tests=$!
-trap 'kill "$bench_tests" 2> /dev/null || true' EXIT
-python3 -P -m pytest -q -p no:cacheprovider --durations=8 --ignore=tests/bench 2>&1 | tee "$out/pytest.log" || failed=1
-wait "$bench_tests" || failed=1
-cat "$out/pytest_bench.log"
+run_tests rest tests --ignore=tests/bench "${kernel_tests[@]/#/--ignore=}" || failed=1
+wait "$kernels" || failed=1
+wait "$bench" || failed=1
+cat "$out"/pytest_*.log
 # alone on the GPU, as its numbers have to be
 python3 -P -m sparsert bench kernels --shapes llama-3.1-8b,smollm2-135m --layers fused --batch 1,16,64 --peers none \
   --output "$out/kernels.json" | tee "$out/kernels.txt"

@@ -1,41 +1,16 @@
 """Models that can be measured by name, with random weights: what stands in their ``config.json``.
 
-Llama models of plain shape have the sizes of their blocks in :mod:`sparsert.bench.shapes`; here stands what a whole
-model needs beside them, and all that other families are made of. ``tiny`` is no real model: it has the shape of
-one and runs in milliseconds on a CPU, for tests.
+The shapes of single layers follow from the same (:mod:`sparsert.bench.shapes`). ``tiny`` is no real model: it has
+the shape of one and runs in milliseconds on a CPU, for tests.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from typing import Any
 
-from sparsert.bench.shapes import SIZES
 from sparsert.errors import InputError
 from sparsert.schedule import LayerPlan, guarded_blocks, parse_block_list
-
-
-@dataclasses.dataclass(frozen=True)
-class _Body:
-    """What a model has beside the linear layers of its blocks."""
-
-    num_blocks: int
-    vocab_size: int
-    max_position_embeddings: int
-    rope_theta: float = 10000.0
-    tied: bool = False
-    llama3_rope_factor: float | None = None
-
-
-#: Source: each model's config.json.
-_BODIES = {
-    "llama-2-7b": _Body(32, 32000, 4096),
-    "llama-2-13b": _Body(40, 32000, 4096),
-    "llama-3.1-8b": _Body(32, 128256, 131072, 500000.0, llama3_rope_factor=8.0),
-    "llama-3.2-1b": _Body(16, 128256, 131072, 500000.0, tied=True, llama3_rope_factor=32.0),
-    "smollm2-135m": _Body(30, 49152, 8192, 100000.0, tied=True),
-    "tiny": _Body(8, 512, 4096),
-}
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -74,8 +49,33 @@ def _config(
     }
 
 
+_LLAMA: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def _plain_rope(theta: float) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": theta}
+
+
 #: Source: each model's config.json; the Minitron sizes also in Muralidharan et al. (2024) and Sreenivas et al. (2024).
 _CONFIGS: dict[str, dict[str, Any]] = {
+    "llama-2-7b": _config(
+        "Llama", 32, 4096, 11008, (32, 32, 128), 32000, 4096, rope_parameters=_plain_rope(1e4), **_LLAMA
+    ),
+    "llama-2-13b": _config(
+        "Llama", 40, 5120, 13824, (40, 40, 128), 32000, 4096, rope_parameters=_plain_rope(1e4), **_LLAMA
+    ),
+    "llama-3.1-8b": _config(
+        "Llama", 32, 4096, 14336, (32, 8, 128), 128256, 131072, rope_parameters=_LLAMA3_ROPE, **_LLAMA
+    ),
+    "llama-3.2-1b": _config(
+        "Llama", 16, 2048, 8192, (32, 8, 64), 128256, 131072,
+        rope_parameters=_LLAMA3_ROPE | {"factor": 32.0}, tie_word_embeddings=True, **_LLAMA,
+    ),
+    "smollm2-135m": _config(
+        "Llama", 30, 576, 1536, (9, 3, 64), 49152, 8192,
+        rope_parameters=_plain_rope(1e5), tie_word_embeddings=True, **_LLAMA,
+    ),
+    "tiny": _config("Llama", 8, 64, 128, (2, 1, 32), 512, 4096, rope_parameters=_plain_rope(1e4), **_LLAMA),
     "mistral-7b": _config(
         "Mistral", 32, 4096, 14336, (32, 8, 128), 32000, 32768,
         rms_norm_eps=1e-5, rope_theta=10000.0, sliding_window=4096, bos_token_id=1, eos_token_id=2,
@@ -117,7 +117,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 
-ARCHITECTURES = (*_BODIES, *_CONFIGS)
+ARCHITECTURES = tuple(_CONFIGS)
 
 
 def hf_config(name: str) -> dict[str, Any]:
@@ -133,32 +133,9 @@ def hf_config(name: str) -> dict[str, Any]:
         >>> hf_config("llama-3.1-8b")["num_hidden_layers"]
         32
     """
-    if name in _CONFIGS:
-        return dict(_CONFIGS[name])
-    if name not in _BODIES:
+    if name not in _CONFIGS:
         raise InputError(f"--arch {name}: known are {', '.join(ARCHITECTURES)}; give other models with --model")
-    sizes, body = SIZES[name], _BODIES[name]
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": body.rope_theta}
-    if body.llama3_rope_factor is not None:
-        rope = _LLAMA3_ROPE | {"rope_theta": body.rope_theta, "factor": body.llama3_rope_factor}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": sizes.hidden,
-        "intermediate_size": sizes.intermediate,
-        "num_hidden_layers": body.num_blocks,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv_heads,
-        "head_dim": sizes.head_dim,
-        "vocab_size": body.vocab_size,
-        "max_position_embeddings": body.max_position_embeddings,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": rope,
-        "tie_word_embeddings": body.tied,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+    return copy.deepcopy(_CONFIGS[name])
 
 
 def choose_blocks(text: str | None, num_blocks: int, *, force: bool = False) -> tuple[int, ...]:

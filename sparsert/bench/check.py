@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsert.bench.cut_off import keeping
-from sparsert.bench.options import dtype_name, remarks, resolve_device, resolve_dtype, say, settings_of
+from sparsert.bench.options import dtype_name, remarks, resolve_dtype, say, settings_of
 from sparsert.bench.records import machine_facts, machine_slug, read_record
 from sparsert.bench.shapes import LinearShape, linear_shapes
 from sparsert.errors import InputError
@@ -98,6 +98,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--tolerance {arguments.tolerance:g}: give percent from 0 to below 100")
     if arguments.record is not None:
         return _compare_record(arguments)
+    from sparsert.models import resolve_device
+
     device = resolve_device(arguments.device)
     dtype = resolve_dtype(arguments.dtype, device)
     committed = committed_ratios(arguments.results, machine_facts(device))

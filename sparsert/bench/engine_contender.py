@@ -25,9 +25,11 @@ from sparsert.bench.memory import PeakMemory
 from sparsert.bench.metrics import Run, spread_ms
 from sparsert.bench.subject import Subject, build_model, replace_packed_
 from sparsert.bench.workload import Setting, random_prompts
-from sparsert.engine.generate import GrowingText, generate_batch
+from sparsert.engine.generate import generate_batch
+from sparsert.engine.growing_text import GrowingText
 from sparsert.engine.params import SamplingParams
 from sparsert.engine.runner import MAX_BATCH_SIZE, Runner
+from sparsert.engine.step_kernels import attention_kernel, linear_kernel
 from sparsert.errors import UnsupportedError
 from sparsert.models import DecoderModel
 from sparsert.nn import SparseLinear
@@ -138,17 +140,13 @@ class EngineContender:
         }
 
     def _kernel(self) -> tuple[str, list[str]]:
+        model = self.model
+        linear, passed_over = linear_kernel(model, self._subject.backend)
         if self._torch_sparse:
-            return "torch.sparse", []
-        if not self.model.report.count("2:4") or not self._subject.sparse:
-            return "dense", []
-        config, model = self.model.config, self.model
-        choice = ops.explain(
-            config.hidden_size, config.intermediate_size, 1, device=model.device, dtype=model.dtype,
-            backend=self._subject.backend,
-        )  # fmt: skip
-        passed_over = [f"2:4 layers run on {choice.kernel}, not {name}: {why}" for name, why in choice.rejected]
-        return choice.kernel, passed_over if choice.is_fallback else []
+            linear, passed_over = "torch.sparse", []
+        elif not self._subject.sparse:  # a pruned checkpoint whose zeros were filled
+            linear, passed_over = "dense", []
+        return linear, passed_over + attention_kernel(model.attention_shapes, model.device, model.dtype)[1]
 
     def check(self, batch: int) -> dict[str, Any]:
         """Correctness of a batch size, as keys of a row."""

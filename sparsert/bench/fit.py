@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsert.bench.card import amount
 from sparsert.bench.cut_off import keeping
-from sparsert.bench.fit_trial import QUESTIONS, prefill_rows
+from sparsert.bench.fit_trial import LENGTH_UNIT, QUESTIONS, prefill_rows
 from sparsert.bench.model_options import add_model_options, check_corners, parse_settings, subject_of
 from sparsert.bench.options import parse_counts, progress, remarks, resolve_dtype, settings_of, show
 from sparsert.bench.peers import Start, start_process
@@ -46,9 +46,6 @@ _RESERVE_BYTES = 128_000_000
 
 #: What a process takes from a GPU before its first tensor, libraries' kernels included: a rule of thumb as well.
 _CONTEXT_BYTES = 600_000_000
-
-#: Cache lengths are multiples of it, as in the engine.
-_LENGTH_UNIT = 16
 
 #: More texts than this are not looked for.
 _MOST_TEXTS = 1 << 20
@@ -234,11 +231,14 @@ class _BytesNeeded:
     def __init__(self, subject: Subject) -> None:
         self.subject, self.card = subject, subject.card()
         self._config, self._size = subject.config, subject.torch_dtype.itemsize
+        # cosines and sines; Gemma 3 has two ropes
+        width = sum(2 * rotary_dim for _, rotary_dim in self._config.rope_tables(subject.plan))
+        self._rotary_bytes_per_position = width * self._size
 
     def cache(self, batch: int, length: int) -> int:
         """Keys and values of ``batch`` texts of ``length`` tokens, and the rotary tables of as many positions."""
-        rounded = -(-length // _LENGTH_UNIT) * _LENGTH_UNIT
-        return batch * rounded * self.card.kv_bytes_per_token + 2 * rounded * self._config.head_dim * self._size
+        rounded = -(-length // LENGTH_UNIT) * LENGTH_UNIT
+        return batch * rounded * self.card.kv_bytes_per_token + rounded * self._rotary_bytes_per_position
 
     def activations(self, batch: int, input_len: int) -> int:
         """What the widest moment of a prefill holds, and the logits of all texts in the model's dtype and in fp32."""

@@ -28,7 +28,8 @@ PREFILL_TOKENS = 4096
 _SHRINK = 0.97
 _MOST_TRIALS = 40
 
-_LENGTH_UNIT = 16
+#: Cache lengths are multiples of it, as in the engine.
+LENGTH_UNIT = 16
 
 
 def prefill_rows(batch: int, input_len: int) -> int:
@@ -102,7 +103,7 @@ def generate_at_limits(model: DecoderModel, batch: int, input_len: int, output_l
         torch.OutOfMemoryError, InputError: there is no room.
     """
     device, config = model.device, model.config
-    length = -(-(input_len + output_len) // _LENGTH_UNIT) * _LENGTH_UNIT
+    length = -(-(input_len + output_len) // LENGTH_UNIT) * LENGTH_UNIT
     model.reserve_positions_(length)
     cache = KVCache(model.attention_shapes, batch, length, device, model.dtype)
     tokens = torch.randint(config.vocab_size, (batch, input_len), device=device)

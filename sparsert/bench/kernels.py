@@ -15,18 +15,18 @@ import sys
 from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sparsert.bench.architectures import ARCHITECTURES
 from sparsert.bench.cut_off import keeping
 from sparsert.bench.options import (
     dtype_name,
     parse_counts,
     parse_names,
     remarks,
-    resolve_device,
     resolve_dtype,
     settings_of,
     show,
 )
-from sparsert.bench.shapes import LAYER_KINDS, SIZES, LinearShape, linear_shapes
+from sparsert.bench.shapes import LAYER_KINDS, LinearShape, linear_shapes
 from sparsert.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--shapes",
         metavar="MODELS",
-        help=f"of {', '.join(SIZES)}, separated by commas, or all (default: {_DEFAULT_SHAPES['cuda']})",
+        help=f"of {', '.join(ARCHITECTURES)}, separated by commas, or all (default: {_DEFAULT_SHAPES['cuda']})",
     )
     what.add_argument(
         "--layers",
@@ -89,9 +89,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         UnsupportedError: the device is not there.
         CutOff: a signal ended the run; it has the record so far.
     """
+    from sparsert.models import resolve_device
+
     device = resolve_device(arguments.device)
     dtype = resolve_dtype(arguments.dtype, device)
-    models = parse_names(arguments.shapes or _DEFAULT_SHAPES[device.type], tuple(SIZES), "--shapes")
+    models = parse_names(arguments.shapes or _DEFAULT_SHAPES[device.type], ARCHITECTURES, "--shapes")
     batches = parse_counts(arguments.batch or _DEFAULT_BATCHES[device.type], "--batch")
     peers = parse_names(arguments.peers, _PEERS, "--peers")
     backends = parse_names(arguments.backends, _BACKENDS, "--backends")

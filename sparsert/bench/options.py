@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sparsert.errors import InputError, UnsupportedError
+from sparsert.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -35,30 +35,6 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--output", metavar="FILE", help="write the record of this run here, as JSON")
     output.add_argument("--csv", metavar="FILE", help="write the rows here, as CSV")
     output.add_argument("--json", action="store_true", help="print the record as one line of JSON, the last one")
-
-
-def resolve_device(name: str | None) -> torch.device:
-    """The device that ``--device`` names, by default a GPU if there is one.
-
-    Raises:
-        InputError: no such device name.
-        UnsupportedError: a GPU is asked for and torch does not see it.
-    """
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name}: give cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: this runs on cpu and cuda; give one of them")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError(f"--device {name}: torch finds no GPU here; `sparsert env` says why, --device cpu runs")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UnsupportedError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0")
-    return device
 
 
 def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sparsert.checkpoint import Checkpoint
     from sparsert.models import DecoderConfig, DecoderModel
     from sparsert.nn import SparseLinear
+    from sparsert.schedule import LayerPlan
 
 SPARSITIES = ("2:4", "dense")
 
@@ -71,6 +72,13 @@ class Subject:
         return DecoderConfig.from_hf(self.hf_config)
 
     @property
+    def plan(self) -> LayerPlan:
+        """Which blocks run."""
+        from sparsert.schedule import LayerPlan
+
+        return LayerPlan.remove(self.config.num_blocks, self.removed, force=True)
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype it runs in."""
         import torch
@@ -85,11 +93,7 @@ class Subject:
 
     def card(self) -> Card:
         """What it weighs, from its configuration alone."""
-        from sparsert.schedule import LayerPlan
-
-        config = self.config
-        plan = LayerPlan.remove(config.num_blocks, self.removed, force=True)
-        return predict_card(self.name, config, plan=plan, sparse=self.sparse, dtype=self.torch_dtype)
+        return predict_card(self.name, self.config, plan=self.plan, sparse=self.sparse, dtype=self.torch_dtype)
 
     def to_json(self) -> dict[str, Any]:
         """As plain types."""
@@ -112,10 +116,8 @@ def build_model(subject: Subject, device: torch.device | str) -> DecoderModel:
 
     from sparsert.models import load_model
     from sparsert.models.random import random_model
-    from sparsert.schedule import LayerPlan
 
-    config = subject.config
-    plan = LayerPlan.remove(config.num_blocks, subject.removed, force=True)
+    config, plan = subject.config, subject.plan
     if subject.checkpoint is None:
         return random_model(
             config, device=device, dtype=subject.torch_dtype, plan=plan, sparse=subject.sparse, seed=subject.seed,

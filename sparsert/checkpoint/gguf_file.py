@@ -96,12 +96,14 @@ def convert_gguf(gguf: Path, output: Path, *, progress: bool = False) -> None:
 
     try:
         reader = GGUFReader(gguf)
-    except (ValueError, OSError, IndexError) as error:
+        architecture = reader.fields["general.architecture"].contents()
+    except (ValueError, OSError, IndexError, KeyError) as error:
         raise CheckpointError(f"{gguf}: is no readable GGUF file ({error}); fetch it again") from error
-    architecture = reader.fields["general.architecture"].contents()
     if architecture not in _FORMATS:
-        known = ", ".join(_FORMATS)
-        raise UnsupportedError(f"{gguf}: architecture {architecture!r}; only {known} can be converted from GGUF")
+        raise UnsupportedError(
+            f"{gguf}: architecture {architecture!r}; only {', '.join(_FORMATS)} can be converted from GGUF; get the "
+            f"model as safetensors"
+        )
     stored = _FORMATS[architecture]
 
     output.mkdir()

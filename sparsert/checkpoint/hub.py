@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsert.checkpoint.reader import WEIGHT_FILES
-from sparsert.errors import CheckpointError
+from sparsert.errors import CheckpointError, first_line
 
 #: Files beside the weights: configuration, generation defaults, tokenizer, chat template, licence.
 SMALL_FILE_PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "README.md")
@@ -80,7 +80,7 @@ def fetch_from_hub(repository: str) -> Path:
             return cached
         raise CheckpointError(
             f"{repository}: no such directory here, not in the hub's cache, and the hub cannot be reached "
-            f"({_first_line(error)}); connect to the network, or give a local model directory"
+            f"({first_line(error)}); connect to the network, or give a local model directory"
         ) from error
 
 
@@ -125,7 +125,3 @@ def _terminal_bar() -> type[Any]:
             super().__init__(*args, **{**options, "disable": options.get("disable") or None})
 
     return TerminalBar
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

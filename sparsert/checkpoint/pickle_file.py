@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsert.errors import CheckpointError
+from sparsert.errors import CheckpointError, first_line
 
 
 def load_pickled_tensors(file: Path) -> dict[str, Tensor]:
@@ -40,8 +40,7 @@ def load_pickled_tensors(file: Path) -> dict[str, Tensor]:
             "and loading them would run code from the file; nothing was run: get the model as safetensors instead"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{file}: truncated or damaged ({reason}); fetch the file again") from error
+        raise CheckpointError(f"{file}: truncated or damaged ({first_line(error)}); fetch the file again") from error
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
     ):

@@ -240,7 +240,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file; give a model directory in Hugging Face format") from None
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from error
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{file}: is no JSON ({error}); fetch the file again") from error
     if not isinstance(content, dict):

@@ -92,7 +92,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 )
             text = stream.read(header_bytes)
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from error
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
     try:
         header = json.loads(text)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -85,7 +85,8 @@ def pruned_config(config: Mapping[str, Any], plan: LayerPlan) -> dict[str, Any]:
     pruned["num_hidden_layers"] = len(plan.kept)
     for part, blocks in (("attention", plan.without_attention), ("mlp", plan.without_mlp)):
         for block in blocks:
-            pruned.setdefault("per_layer_config", {}).setdefault(str(position[block]), {})["skip"] = [part]
+            pruned["per_layer_config"] = pruned.get("per_layer_config") or {}
+            pruned["per_layer_config"].setdefault(str(position[block]), {})["skip"] = [part]
     return pruned
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsert import ops
 from sparsert.errors import InputError
-from sparsert.models.decoder import SelfAttention, causal_attention
+from sparsert.models.attention import SelfAttention, causal_attention, masked_attention
 from sparsert.models.linears import takes_tiles
 from sparsert.ops import AttentionShape
 
@@ -96,7 +96,7 @@ class PrefillAttention:
         self._cache = cache
 
     def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor:
-        """See :class:`sparsert.models.decoder.Attention`."""
+        """See :class:`sparsert.models.attention.Attention`."""
         batch, tokens = heads.shape[:2]
         q, k, v = layer.split(heads)
         self._cache.keys[slot][:batch, :, :tokens].copy_(k.transpose(1, 2))
@@ -119,7 +119,7 @@ class DecodeAttention:
         self._window = window
 
     def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor | ops.Tiled:
-        """See :class:`sparsert.models.decoder.Attention`."""
+        """See :class:`sparsert.models.attention.Attention`."""
         rotary = layer.rotary
         attended = ops.decode_attention(
             heads.squeeze(1), self._cache.keys[slot], self._cache.values[slot], self._lengths, rotary.cosine,
@@ -150,7 +150,7 @@ class ExtendAttention:
         self._window = window
 
     def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor:
-        """See :class:`sparsert.models.decoder.Attention`."""
+        """See :class:`sparsert.models.attention.Attention`."""
         shape, keys, values = layer.shape, self._cache.keys[slot], self._cache.values[slot]
         batch, count = heads.shape[:2]
         kv_heads, head_dim, window = shape.num_kv_heads, shape.head_dim, self._window
@@ -165,21 +165,5 @@ class ExtendAttention:
         visible = past <= positions.unsqueeze(2)
         if shape.sliding_window is not None:
             visible &= past > positions.unsqueeze(2) - shape.sliding_window
-        # the queries of one key/value head stand together: [batch, kv_heads, group * tokens, head_dim]
-        group = shape.num_heads // kv_heads
-        grouped = q.unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
-        visible = visible.repeat(1, group, 1).unsqueeze(1)
-        attended = _attend(grouped, keys[:batch, :, :window], values[:batch, :, :window], visible, shape)
-        return attended.view(batch, kv_heads, group, count, head_dim).permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-
-def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, shape: AttentionShape) -> Tensor:
-    """Masked attention: q ``[batch, heads, queries, head_dim]``, visible bool ``[batch, 1, queries, window]``."""
-    if shape.softcap is None:
-        mask = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, keys, values, attn_mask=mask.expand(-1, q.shape[1], -1, -1), scale=shape.scale
-        )
-    scores = (q @ keys.transpose(-1, -2)).float() * shape.scale
-    scores = shape.softcap * torch.tanh(scores / shape.softcap)
-    return scores.masked_fill(~visible, -torch.inf).softmax(-1).to(q.dtype) @ values
+        past_keys, past_values = keys[:batch, :, :window], values[:batch, :, :window]
+        return masked_attention(q, past_keys, past_values, visible, shape)

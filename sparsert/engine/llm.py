@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsert import ops
 from sparsert.checkpoint import MaskFile, open_checkpoint, read_maskllm, resolve_checkpoint
 from sparsert.checkpoint.prune import base_plan
 from sparsert.checkpoint.writer import stored_plan
 from sparsert.engine.generate import generate_batch
-from sparsert.engine.growing_text import GrowingText, StreamCallback
+from sparsert.engine.growing_text import StreamCallback
 from sparsert.engine.params import SamplingParams
+from sparsert.engine.prompts import prepare_texts
 from sparsert.engine.results import Completion
 from sparsert.engine.runner import MAX_BATCH_SIZE, Runner
 from sparsert.engine.speculate import MAX_DRAFT_TOKENS
-from sparsert.engine.tokenizer import LazyTokenizer, Prompt, encode_prompt, is_token_ids, read_eos_token_ids
+from sparsert.engine.step_kernels import attention_kernel, linear_kernel
+from sparsert.engine.tokenizer import LazyTokenizer, Prompt, read_eos_token_ids
 from sparsert.errors import InputError
 from sparsert.models import DecoderConfig, load_model
 from sparsert.schedule import Blocks, LayerPlan, read_block_order
@@ -205,11 +205,12 @@ class LLM:
         given: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
         if not given:
             raise InputError("no prompts given; give at least one")
-        if not all(isinstance(prompt, Sequence) for prompt in given):
-            raise InputError("each prompt is a text or a list of token ids; write one list of ids as [[1, 2, 3]]")
         drafter = self._drafter(draft_plan, draft, draft_tokens)
         count = 0 if drafter is None else _DRAFT_TOKENS if draft_tokens is None else draft_tokens
-        texts = self._prepare(given, params, chat)
+        texts = prepare_texts(
+            given, params, config=self.model.config, tokenizer=self._tokenizer, eos_token_ids=self.eos_token_ids,
+            max_length=self.max_length, chat=chat,
+        )  # fmt: skip
         completions: list[Completion] = []
         for begin in range(0, len(texts), MAX_BATCH_SIZE):
             batch = texts[begin : begin + MAX_BATCH_SIZE]
@@ -283,64 +284,19 @@ class LLM:
             )
         self._same_tokenizers.append(draft._tokenizer)  # a large vocabulary takes a while to compare
 
-    def _prepare(self, prompts: Sequence[Prompt], params: SamplingParams, chat: bool) -> list[GrowingText]:
-        """Tokenise and check the prompts."""
-        needs_text = bool(params.stop) or not all(is_token_ids(prompt) for prompt in prompts)
-        tokenizer = self.tokenizer if needs_text or self._tokenizer.exists else None
-        stop_tokens = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop_tokens |= self.eos_token_ids
-        texts, shortened = [], []
-        for index, prompt in enumerate(prompts):
-            if is_token_ids(prompt):
-                ids = self._check_token_ids(index, prompt)
-            else:
-                ids = encode_prompt(tokenizer, prompt, index, chat=chat)
-            room = self.max_length - len(ids)
-            if room < 1:
-                raise InputError(
-                    f"prompt {index} has {len(ids)} tokens, but prompt and output together must fit into max_length "
-                    f"{self.max_length}; shorten it to {self.max_length - 1} or fewer{self._longer_hint()}"
-                )
-            if room < params.max_new_tokens:
-                shortened.append(index)
-            limit = min(params.max_new_tokens, room)
-            texts.append(GrowingText(index, ids, limit, stop_tokens, tuple(params.stop), tokenizer))
-        if shortened:
-            first = texts[shortened[0]]
-            warnings.warn(
-                f"{len(shortened)} prompts leave less room than max_new_tokens {params.max_new_tokens}: prompt "
-                f"{first.index} has {len(first.prompt)} tokens, so at most {first.limit} can follow within max_length "
-                f"{self.max_length}",
-                stacklevel=3,
-            )
-        return texts
-
-    def _check_token_ids(self, index: int, prompt: Prompt) -> list[int]:
-        ids = [int(token) for token in prompt]  # type: ignore[arg-type]
-        vocab_size = self.model.config.vocab_size
-        if not ids:
-            raise InputError(f"prompt {index} is empty; give at least one token")
-        bad = [token for token in ids if not 0 <= token < vocab_size]
-        if bad:
-            raise InputError(f"prompt {index}: token id {bad[0]} is outside the vocabulary, 0-{vocab_size - 1}")
-        return ids
-
-    def _longer_hint(self) -> str:
-        most = self.model.config.max_position_embeddings
-        return f", or raise max_length (this model: up to {most})" if most > self.max_length else ""
-
     def summary(self) -> dict[str, Any]:
         """What is loaded, as plain data for JSON.
 
         Returns:
             Architecture, the plan (blocks kept and removed, halves skipped; in words, in the numbering of the model
             that the checkpoint was pruned from), linear layers by kind, bytes of weights packed and dense, dtype,
-            device, backend, the kernel that a decode step at batch 1 runs, KV cache bytes per token, and
-            ``warnings``: whatever is not as a user may expect. What is loaded counts, also where a plan runs less.
+            device, backend, what the packed layers and the attention of a decode step at batch 1 run on, KV cache bytes
+            per token, and ``warnings``: whatever is not as a user may expect. What is loaded counts, also where a plan
+            runs less.
         """
         model, report = self.model, self.model.report
-        kernel, fallback = self._decode_kernel()
+        kernel, passed_over = linear_kernel(model, self.backend)
+        attention, attention_passed_over = attention_kernel(model.attention_shapes, model.device, model.dtype)
         tied = model.lm_head.weight is model.embed_tokens.weight
         head_bytes = 0 if tied else model.lm_head.weight.nbytes
         return {
@@ -363,29 +319,12 @@ class LLM:
             "device": _device_name(model.device),
             "backend": self.backend,
             "kernel": kernel,
+            "attention": attention,
             "max_length": self.max_length,
             "kv_bytes_per_token": self.runner.kv_bytes_per_token,
             "load_s": round(self.load_s, 3),
-            "warnings": [*report.warnings, *fallback],
+            "warnings": [*report.warnings, *passed_over, *attention_passed_over],
         }
-
-    def _decode_kernel(self) -> tuple[str, list[str]]:
-        """The kernel of the packed layers at batch 1, and a sentence if it is not the one meant for them."""
-        if not self.model.report.count("2:4"):
-            return "dense", []
-        if self.backend == "torch":
-            return "torch.sparse", []
-        config = self.model.config
-        choice = ops.explain(
-            config.hidden_size,
-            config.intermediate_size,
-            1,
-            device=self.model.device,
-            dtype=self.model.dtype,
-            backend=self.backend,
-        )
-        passed_over = [f"2:4 layers run on {choice.kernel}, not {name}: {why}" for name, why in choice.rejected]
-        return choice.kernel, passed_over if choice.is_fallback else []
 
 
 def _layer_plan(

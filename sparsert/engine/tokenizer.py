@@ -13,8 +13,8 @@ from typing import Any
 
 from sparsert.checkpoint import Checkpoint
 from sparsert.checkpoint.reader import read_json
-from sparsert.errors import CheckpointError, InputError, UnsupportedError
-from sparsert.models.config import token_ids
+from sparsert.errors import CheckpointError, InputError, UnsupportedError, first_line
+from sparsert.models.config_values import token_ids
 
 #: A text, its token ids, or a conversation: messages with "role" and "content".
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -46,7 +46,7 @@ def load_tokenizer(directory: Path) -> Any:
     # transformers raises whatever its many tokenizers do on damaged files; none of it is a bug here
     except Exception as error:
         raise CheckpointError(
-            f"{directory}: its tokenizer cannot be loaded ({_first_line(error)}); copy the tokenizer files of the "
+            f"{directory}: its tokenizer cannot be loaded ({first_line(error)}); copy the tokenizer files of the "
             f"original model there again"
         ) from error
 
@@ -112,7 +112,3 @@ def read_eos_token_ids(checkpoint: Checkpoint) -> frozenset[int]:
     path = checkpoint.directory / "generation_config.json"
     named = token_ids(read_json(path), "eos_token_id") if path.is_file() else ()
     return frozenset(named or token_ids(checkpoint.config, "eos_token_id"))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

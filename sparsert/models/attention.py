@@ -62,11 +62,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, shape: ops.AttentionShape)
         ``[batch, tokens, num_heads, head_dim]``.
     """
     tokens, window = q.shape[1], shape.sliding_window
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
     if shape.softcap is None and (window is None or window >= tokens):
         attended = functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=shape.scale, enable_gqa=shape.num_heads != shape.num_kv_heads
-        )
+            q.transpose(1, 2), k, v, is_causal=True, scale=shape.scale,
+            enable_gqa=shape.num_heads != shape.num_kv_heads,
+        )  # fmt: skip
         return attended.transpose(1, 2)
     # some queries at a time, and the keys that any of them sees: memory grows with the chunk, work with the window
     pieces = []
@@ -77,25 +78,38 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, shape: ops.AttentionShape)
         visible = distance >= 0
         if window is not None:
             visible &= distance < window
-        pieces.append(_attend(q[:, :, begin:end], k[:, :, first:end], v[:, :, first:end], visible, shape))
-    return torch.cat(pieces, dim=2).transpose(1, 2)
+        keys, values = k[:, :, first:end], v[:, :, first:end]
+        pieces.append(masked_attention(q[:, begin:end], keys, values, visible.unsqueeze(0), shape))
+    return torch.cat(pieces, dim=1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, shape: ops.AttentionShape) -> Tensor:
-    """``q: [batch, num_heads, queries, head_dim]``, ``visible: [queries, keys]`` -> the shape of q."""
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, shape: ops.AttentionShape) -> Tensor:
+    """Attention where a mask says which tokens see which; all operations can be captured in a CUDA graph.
+
+    Args:
+        q: ``[batch, queries, num_heads, head_dim]``, rotated.
+        k, v: ``[batch, num_kv_heads, keys, head_dim]``, as a cache holds them.
+        visible: bool ``[batch, queries, keys]``, or with 1 in the place of batch; each query must see some key.
+        shape: scale and soft cap; its sliding window is the mask's business.
+
+    Returns:
+        The shape of q.
+    """
+    batch, queries, _, head_dim = q.shape
+    kv_heads, group = shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
+    # [batch, kv_heads, group * queries, head_dim]: keys are read without a copy for each query head of a group
+    grouped = q.unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
+    visible = visible.repeat(1, group, 1).unsqueeze(1)
     if shape.softcap is None:
-        return functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, scale=shape.scale, enable_gqa=shape.num_heads != shape.num_kv_heads
+        mask = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
+        attended = functional.scaled_dot_product_attention(
+            grouped, k, v, attn_mask=mask.expand(-1, kv_heads, -1, -1), scale=shape.scale
         )
-    batch, _, queries, head_dim = q.shape
-    group = shape.num_heads // shape.num_kv_heads
-    # the queries of a group one after another, so that keys are multiplied without a copy for each of them
-    grouped = q.reshape(batch, shape.num_kv_heads, group * queries, head_dim)
-    scores = (grouped @ k.transpose(-1, -2)).float() * shape.scale
-    scores = shape.softcap * torch.tanh(scores / shape.softcap)
-    scores = scores.unflatten(2, (group, queries)).masked_fill_(~visible, -torch.inf)
-    shares = scores.softmax(-1).to(v.dtype).flatten(2, 3)
-    return (shares @ v).view(batch, shape.num_heads, queries, head_dim)
+    else:
+        scores = (grouped @ k.transpose(-1, -2)).float() * shape.scale
+        scores = shape.softcap * torch.tanh(scores / shape.softcap)
+        attended = scores.masked_fill_(~visible, -torch.inf).softmax(-1).to(v.dtype) @ v
+    return attended.unflatten(2, (group, queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 class SelfAttention(nn.Module):

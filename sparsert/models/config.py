@@ -13,20 +13,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from sparsert.models.config_values import token_ids
 from sparsert.ops import AttentionShape
 from sparsert.schedule import LayerPlan
-
-__all__ = [
-    "AttentionConfig",
-    "BlockConfig",
-    "DecoderConfig",
-    "LinearShape",
-    "MLPConfig",
-    "NormConfig",
-    "RopeConfig",
-    "token_ids",
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +204,12 @@ class DecoderConfig:
         """What the attention layers compute, in order; without what a plan skips."""
         running = [self.running(block, plan).attention for block in range(self.num_blocks)]
         return tuple(attention.shape for attention in running if attention is not None)
+
+    def rope_tables(self, plan: LayerPlan | None = None) -> tuple[tuple[RopeConfig, int], ...]:
+        """The different ropes of the attention layers, each with the width of its tables; without what a plan skips."""
+        running = [self.running(block, plan).attention for block in range(self.num_blocks)]
+        kinds = [(attention.rope, attention.shape.rotary_dim) for attention in running if attention is not None]
+        return tuple(dict.fromkeys(kinds))
 
     @property
     def num_heads(self) -> int:

@@ -9,8 +9,8 @@ place in a cache.
     pending --norm--> stream, normed --layer--> pending --norm--> ... --final norm--> head
 
 Nothing here looks at a tensor's values on the host or lets a shape depend on them, which is what CUDA graphs
-ask for. Numbers follow transformers: norms in fp32, rotary tables in fp32 and rounded, attention by torch's
-scaled dot product.
+ask for. Numbers follow transformers: norms in fp32, rotary tables in fp32 and rounded, soft caps and the softmax
+in fp32. On a GPU the kernels behind :mod:`sparsert.ops` keep sums in fp32 where transformers rounds in between.
 
 Source: Touvron et al., "LLaMA" (2023); the modeling files of transformers.
 """
@@ -25,24 +25,13 @@ from torch import Tensor, nn
 
 from sparsert import ops
 from sparsert.errors import InputError
-from sparsert.models.attention import Attention, CausalAttention, SelfAttention, causal_attention
-from sparsert.models.config import DecoderConfig, LinearShape, MLPConfig, NormConfig, RopeConfig
+from sparsert.models.attention import Attention, CausalAttention, SelfAttention
+from sparsert.models.config import DecoderConfig, LinearShape, MLPConfig, NormConfig
 from sparsert.models.linears import DenseLinear, LinearGroup, meta_linear, takes_tiles
 from sparsert.models.report import LoadReport
 from sparsert.models.rope import RotaryEmbedding
 from sparsert.nn import SparseLinear
 from sparsert.schedule import LayerPlan, format_block_list
-
-__all__ = [
-    "MLP",
-    "Attention",
-    "CausalAttention",
-    "DecoderBlock",
-    "DecoderModel",
-    "Norm",
-    "SelfAttention",
-    "causal_attention",
-]
 
 #: Routes of other plans than the model's own that are remembered.
 _ROUTES_KEPT = 64
@@ -216,13 +205,11 @@ class DecoderModel(nn.Module):
         self.plan = plan
         self.report = LoadReport({}, ())
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, device="meta")
-        tables: dict[tuple[RopeConfig, int], RotaryEmbedding] = {}
+        tables = {kind: RotaryEmbedding(*kind) for kind in config.rope_tables(plan)}
         blocks = []
         for index in plan.kept:
-            attention, rotary = config.running(index, plan).attention, None
-            if attention is not None:
-                kind = (attention.rope, attention.shape.rotary_dim)
-                rotary = tables.setdefault(kind, RotaryEmbedding(*kind))
+            attention = config.running(index, plan).attention
+            rotary = None if attention is None else tables[attention.rope, attention.shape.rotary_dim]
             blocks.append(DecoderBlock(config, plan, index, rotary))
         self.rotaries = nn.ModuleList(tables.values())
         self.blocks = nn.ModuleList(blocks)

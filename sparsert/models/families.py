@@ -27,9 +27,10 @@ from sparsert.models.config import (
     RopeConfig,
 )
 from sparsert.models.config_values import ConfigValues, token_ids
-from sparsert.models.per_layer import SKIPPED_ATTENTION, SKIPPED_MLP, block_values
+from sparsert.models.per_layer import block_values
 from sparsert.models.rope_config import read_rope, read_rope_by_type, rotary_share
 from sparsert.ops import AttentionShape
+from sparsert.schedule import SKIP_NAMES
 
 #: Hugging Face's names of activations -> those of :data:`sparsert.ops.ACTIVATIONS`.
 SUPPORTED_ACTIVATIONS = {
@@ -291,10 +292,8 @@ def _filled(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def _without_skipped(block: BlockConfig, values: ConfigValues) -> BlockConfig:
-    skip = set(values.get("skip"))
-    return BlockConfig(
-        None if skip & set(SKIPPED_ATTENTION) else block.attention, None if skip & set(SKIPPED_MLP) else block.mlp
-    )
+    skipped = {SKIP_NAMES[name] for name in values.get("skip")}
+    return BlockConfig(None if "attention" in skipped else block.attention, None if "mlp" in skipped else block.mlp)
 
 
 def _attention(

@@ -95,8 +95,8 @@ class LinearGroup(nn.Module):
         """Join the parts into one layer if they are of one kind; return whether they were.
 
         Args:
-            interleave: of two packed parts of one shape, let 16 outputs take turns, so that :meth:`gated` is one
-                kernel; parts that cannot be are joined one after another.
+            interleave: of two packed parts of one shape, let 16 outputs take turns, so that :meth:`activated` is
+                one kernel; parts that cannot be are joined one after another.
 
         Device memory grows by the group's own size until the parts are let go at the end.
         """

@@ -19,6 +19,7 @@ from typing import Any
 from sparsert.checkpoint.layer_types import FULL_ATTENTION, SLIDING_ATTENTION, layer_types
 from sparsert.errors import CheckpointError, UnsupportedError
 from sparsert.models.config_values import ConfigValues
+from sparsert.schedule import SKIP_NAMES
 
 #: Keys that may have another value in each layer.
 PER_LAYER_KEYS = (
@@ -31,9 +32,6 @@ PER_LAYER_KEYS = (
     "mlp_bias",
     "skip",
 )
-
-#: Names under which ``skip`` leaves out a layer of a block.
-SKIPPED_ATTENTION, SKIPPED_MLP = ("attention", "self_attn"), ("mlp", "feed_forward")
 
 
 def block_values(config: Mapping[str, Any], num_blocks: int) -> list[ConfigValues]:
@@ -68,7 +66,7 @@ def block_values(config: Mapping[str, Any], num_blocks: int) -> list[ConfigValue
         )
         values.check_supported("layer type", values.get("layer_type"), (None, FULL_ATTENTION, SLIDING_ATTENTION))
         for skipped in values.get("skip"):
-            values.check_supported("skip", skipped, SKIPPED_ATTENTION + SKIPPED_MLP)
+            values.check_supported("skip", skipped, SKIP_NAMES)
         blocks.append(values)
     return blocks
 

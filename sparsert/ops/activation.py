@@ -30,7 +30,7 @@ def activate(x: Tensor, kind: str, *, gated: bool, interleaved: bool = False) ->
         x: ``[..., 2 * width]``, gate then up, if ``gated``; else ``[..., width]``.
         kind: one of :data:`ACTIVATIONS`.
         gated: return ``activation(gate) * up``.
-        interleaved: gate and up alternate every 16 values (see :func:`sparsert.ops.linear24_activate`).
+        interleaved: gate and up alternate every 16 values (see :func:`sparsert.ops.linear24_open`).
 
     Returns:
         ``[..., width]``, dtype of x.

@@ -209,9 +209,9 @@ class LayerPlan:
             )
         for key, settings in (per_layer_config or {}).items():
             place = f"config.json: per_layer_config[{key!r}]"
-            if not str(key).isdigit() or int(key) >= num_blocks:
-                raise CheckpointError(f"{place}: is no block of a model with {num_blocks}")
-            skip = settings.get("skip", ()) if isinstance(settings, Mapping) else None
+            if not str(key).isdecimal() or int(key) >= num_blocks:
+                raise CheckpointError(f"{place}: a model of {num_blocks} blocks has 0-{num_blocks - 1}; mend the key")
+            skip = (settings.get("skip") or ()) if isinstance(settings, Mapping) else None
             if not isinstance(skip, (list, tuple)) or not all(name in SKIP_NAMES for name in skip):
                 raise CheckpointError(f"{place}: skip must be a list of {', '.join(SKIP_NAMES)}, got {skip!r}")
             for name in skip:

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from sparsert.bench.architectures import ARCHITECTURES, choose_blocks, hf_config
-from sparsert.bench.shapes import SIZES, linear_shapes
+from sparsert.bench.shapes import linear_shapes
 from sparsert.bench.subject import Subject
 from sparsert.errors import InputError
-from sparsert.models import DecoderConfig
-from sparsert.schedule import guarded_blocks
+from sparsert.models import DecoderConfig, DecoderModel
+from sparsert.models.decoder import DecoderBlock
+from sparsert.schedule import LayerPlan, guarded_blocks
 
 #: Parameters that the models' own cards state, embeddings included (a tied head counts once).
 PARAMETERS = {
@@ -27,11 +28,24 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_the_engine_can_run_them(name: str) -> None:
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_engine_runs_the_shapes_that_are_measured(name: str) -> None:
     config = DecoderConfig.from_hf(hf_config(name))
-    shapes = {(s.out_features, s.in_features) for s in linear_shapes(name, "separate")}
-    assert {(s.out_features, s.in_features) for s in config.block_linears(0).values()} == shapes
+    separate = {(s.out_features, s.in_features) for s in linear_shapes(name, "separate")}
+    assert {(s.out_features, s.in_features) for block in range(config.num_blocks)
+            for s in config.block_linears(block).values()} == separate  # fmt: skip
+    block = DecoderModel(config, LayerPlan.full(config.num_blocks)).blocks[0]
+    assert isinstance(block, DecoderBlock) and block.self_attn is not None and block.mlp is not None
+    groups = [list(group.parts.values()) for group in (block.self_attn.qkv_proj, block.mlp.gate_up_proj)]
+    fused = {(sum(part.out_features for part in parts), parts[0].in_features) for parts in groups}
+    fused |= {(layer.out_features, layer.in_features) for layer in (block.self_attn.o_proj, block.mlp.down_proj)}
+    assert {(s.out_features, s.in_features) for s in linear_shapes(name, "fused")} == fused
+    assert {(s.out_features, s.in_features) for s in linear_shapes(name)} == separate | fused
+
+
+def test_a_configuration_can_be_changed_without_harm() -> None:
+    hf_config("llama-3.1-8b")["rope_parameters"]["factor"] = 1.0
+    assert hf_config("llama-3.1-8b")["rope_parameters"]["factor"] == 8.0
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))

@@ -19,7 +19,7 @@ from sparsert.bench.subject import Subject, build_model
 from sparsert.bench.workload import Setting
 from sparsert.cli import main
 from sparsert.errors import InputError
-from sparsert.models.decoder import CausalAttention
+from sparsert.models.attention import CausalAttention
 
 EIGHT_B = Subject("llama-3.1-8b", hf_config("llama-3.1-8b"), "bfloat16", "2:4")
 TINY = Subject("tiny", hf_config("tiny"), "float32", "2:4")
@@ -77,6 +77,21 @@ def test_prefill_is_bounded() -> None:
     assert prefill_rows(1000, 128) == 32 and prefill_rows(3, 128) == 3 and prefill_rows(7, 100_000) == 1
     needed = fit._BytesNeeded(EIGHT_B)
     assert needed.activations(1000, 128) - needed.activations(33, 128) == 967 * 128256 * 8
+
+
+def test_the_cache_has_a_rotary_table_for_each_rope_of_the_blocks_that_run() -> None:
+    sizes = {"num_hidden_layers": 7, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 50, "head_dim": 16}
+    gemma = Subject("gemma", hf_config("gemma-3-1b") | sizes, "float32", "dense")
+    tables = []
+    for removed in ((), (5,)):  # of seven blocks the sixth alone sees the whole text
+        subject = gemma.at_corner(sparse=False, removed=removed)
+        model = build_model(subject, "cpu")
+        model.reserve_positions_(64)
+        bytes_of_tables = sum(buffer.nbytes for buffer in model.rotaries.buffers())
+        needed = fit._BytesNeeded(subject)
+        assert needed.cache(3, 64) == 3 * 64 * needed.card.kv_bytes_per_token + bytes_of_tables
+        tables.append(len(model.rotaries))
+    assert tables == [2, 1]
 
 
 def test_on_a_cpu_it_predicts_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,11 +12,12 @@ from misbehaving_layers import die_at_once, misbehave
 from torch import Tensor
 
 from sparsert.bench import contenders, cusparselt, layers
+from sparsert.bench.architectures import ARCHITECTURES
 from sparsert.bench.contenders import CONTENDERS, Bound, Dense, Layer, random_24
 from sparsert.bench.isolation import measure_layers
 from sparsert.bench.layer_task import LayerTask, Row
 from sparsert.bench.layers import measure_layer, relative_error
-from sparsert.bench.shapes import SIZES, linear_shapes
+from sparsert.bench.shapes import linear_shapes
 from sparsert.errors import InputError, SparsertError
 
 CPU_TASK = LayerTask(48, 72, (1, 9), ("dense", "ours"), "cpu", "float32", repeats=3)
@@ -32,7 +33,7 @@ def test_shapes_of_real_models() -> None:
     separate = {s.layer: (s.out_features, s.in_features) for s in linear_shapes("smollm2-135m", "separate")}
     assert separate == {"q, o": (576, 576), "k, v": (192, 576), "gate, up": (1536, 576), "down": (576, 1536)}
     assert {s.layer for s in linear_shapes("llama-2-13b")} >= {"q, k, v, o", "qkv fused", "gate_up fused"}
-    assert all(s.in_features % 4 == 0 for model in SIZES for s in linear_shapes(model))
+    assert all(s.in_features % 4 == 0 for model in ARCHITECTURES for s in linear_shapes(model))
     with pytest.raises(InputError, match="shapes of 'gpt' are not known; known are llama-2-7b"):
         linear_shapes("gpt")
     with pytest.raises(InputError, match="choose one of all, fused, separate"):

@@ -75,6 +75,8 @@ def test_config_lists_are_cut() -> None:
         "per_layer_config": {"1": {"x": 1}, "2": {"x": 3, "skip": ["mlp"]}},
     }
     assert config["num_hidden_layers"] == 4
+    halved = pruned_config({"num_hidden_layers": 2, "per_layer_config": None}, LayerPlan(2, (0, 1), without_mlp=(1,)))
+    assert halved["per_layer_config"] == {"1": {"skip": ["mlp"]}}
 
 
 def test_small_files_are_copied_and_configuration_is_not(make_directory: Make, tmp_path: Path) -> None:

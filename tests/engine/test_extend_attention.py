@@ -10,7 +10,7 @@ from test_kv_cache import CPU, make_config, make_layer
 from torch import Tensor
 
 from sparsert.engine.cache import DecodeAttention, ExtendAttention, KVCache
-from sparsert.models.decoder import SelfAttention
+from sparsert.models.attention import SelfAttention
 
 
 def make_turning_layer(heads: int, kv_heads: int, head_dim: int, **shape: object) -> SelfAttention:

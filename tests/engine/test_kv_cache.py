@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparsert.engine.cache import DecodeAttention, KVCache, PrefillAttention, kv_bytes_per_token
 from sparsert.models import DecoderConfig
-from sparsert.models.decoder import SelfAttention
+from sparsert.models.attention import SelfAttention
 from sparsert.models.rope import RotaryEmbedding
 
 CPU = torch.device("cpu")

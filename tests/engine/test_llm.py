@@ -335,6 +335,7 @@ def test_summary_is_json(directory: Path) -> None:
     assert summary["embedding_bytes"] == 262 * 96 * 2 and summary["tied_head"] is True
     assert summary["dtype"] == "bfloat16" and summary["device"] == "cpu"
     assert summary["backend"] == "auto" and summary["kernel"] in ("cpu", "unpack")  # unpack where no compiler was found
+    assert summary["attention"] == "torch"
     assert summary["kv_bytes_per_token"] == 2 * 7 * 2 * 24 * 2
     assert summary["max_length"] == 512 and summary["warnings"] == []
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsert.models.decoder import causal_attention
+from sparsert.models.attention import causal_attention
 from sparsert.ops import AttentionShape
 
 

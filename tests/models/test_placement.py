@@ -26,6 +26,13 @@ def test_no_gpu_says_use_cpu() -> None:
         resolve_device("cuda")
 
 
+@pytest.mark.gpu
+def test_a_gpu_that_is_not_there() -> None:
+    assert resolve_device("cuda").index is not None
+    with pytest.raises(UnsupportedError, match=r"cuda:99: there are \d+ GPUs, numbered from 0"):
+        resolve_device("cuda:99")
+
+
 def test_dtypes() -> None:
     cuda = torch.device("cuda", 0)
     assert resolve_dtype(None, CPU, torch.bfloat16) == torch.float32

@@ -65,6 +65,7 @@ def test_per_layer_config_of_transformers() -> None:
     assert LayerPlan.from_per_layer_config(6, config) == LayerPlan(6, (0, 1, 2, 3, 4, 5), (3,), (2,))
     assert LayerPlan.from_per_layer_config(6, None) == LayerPlan.from_per_layer_config(6, {}) == LayerPlan.full(6)
     assert LayerPlan.from_per_layer_config(2, {"0": {"skip": ["self_attn", "mlp"]}}).removed == (0,)
+    assert LayerPlan.from_per_layer_config(2, {"0": {"skip": None}}) == LayerPlan.full(2)
 
 
 def test_transformers_takes_the_same_form() -> None:
@@ -78,8 +79,9 @@ def test_transformers_takes_the_same_form() -> None:
     ("config", "message"),
     [
         ([], r"per_layer_config is \[\]; it must map blocks to settings"),
-        ({"6": {}}, r"per_layer_config\['6'\]: is no block of a model with 6"),
-        ({"x": {}}, r"per_layer_config\['x'\]: is no block"),
+        ({"6": {}}, r"per_layer_config\['6'\]: a model of 6 blocks has 0-5"),
+        ({"x": {}}, r"per_layer_config\['x'\]: a model of 6 blocks has 0-5"),
+        ({"\u00b2": {}}, r"a model of 6 blocks has 0-5"),  # a digit to Python, and no number
         ({"1": {"skip": "mlp"}}, r"\['1'\]: skip must be a list of attention, self_attn, mlp, feed_forward, got 'mlp'"),
         ({"1": {"skip": ["experts"]}}, r"\['1'\]: skip must be a list of"),
         ({"1": 3}, r"\['1'\]: skip must be a list of"),
