@@ -189,7 +189,12 @@ def rename_block(name: str, block: int) -> str:
 def _ignores(rule: str, module: str) -> bool:
     """Whether a compressed-tensors ignore rule (a module name, or ``re:`` and a pattern) covers ``module``."""
     if rule.startswith("re:"):
-        return re.match(rule[3:], module) is not None
+        try:
+            return re.match(rule[3:], module) is not None
+        except re.error as error:
+            raise CheckpointError(
+                f"config.json: sparsity_config ignores {rule!r}, which is no regular expression ({error}); mend it"
+            ) from error
     return rule == module
 
 

@@ -2,8 +2,8 @@
 
 Shapes are few on purpose. The cache grows in powers of two and is kept between batches; a decode step
 reads a window of 256, 512, 1024, ... positions, the smallest that holds the longest row still running.
-So on a GPU a step is one of a handful of CUDA graphs, by (plan, batch, window), each captured the first time
-it is needed (:mod:`sparsert.engine.graphs`); on a CPU the same step function runs as it is. What it
+So on a GPU a step is one of a handful of CUDA graphs, by (plan, kind, batch, window, tokens a row), each captured
+the first time it is needed (:mod:`sparsert.engine.graphs`); on a CPU the same step function runs as it is. What it
 gives up: up to half of the window is read for nothing, and a longer cache drops the graphs.
 
 A runner is a plan over a workspace. Runners of several plans of one model (:meth:`Runner.with_plan`) share
@@ -76,7 +76,7 @@ class _Workspace:
 
 
 class Runner:
-    """Runs one batch at a time: one :meth:`prefill`, then :meth:`decode` for each further token.
+    """Runs one batch at a time: one :meth:`prefill`, then steps that add a token or several to each text.
 
     Attributes:
         model: the loaded model.

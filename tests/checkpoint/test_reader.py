@@ -186,6 +186,8 @@ def test_claims(make_directory: Make) -> None:
         False,
     ]
     assert claims(sparsity_config={"sparsity_structure": "unstructured"}) == [False] * 4
+    with pytest.raises(CheckpointError, match=r"ignores 're:\[', which is no regular expression .*mend it"):
+        claims(sparsity_config={**sparsity, "ignore": ["re:["]})
 
 
 def test_config_must_be_an_object(make_directory: Make) -> None:

@@ -4,7 +4,7 @@ Every token is held against one plain causal pass over its text, without a cache
 
     SPARSERT_STRESS_GENERATIONS=10000 pytest tests/engine/test_stress_generate.py
 
-runs on the GPU if there is one, else in fp32 on the CPU; 200 generations unless said otherwise.
+runs on the GPU if there is one, else in fp32 on the CPU; 200 and 60 generations unless said otherwise.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tiny_llama import VOCABULARY, magnitude_prune_, make_llama, save
 from sparsert.engine import LLM, Completion, SamplingParams
 from sparsert.schedule import LayerPlan
 
-GENERATIONS = int(os.environ.get("SPARSERT_STRESS_GENERATIONS", "200"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GENERATIONS = int(os.environ.get("SPARSERT_STRESS_GENERATIONS", "200" if DEVICE == "cuda" else "60"))
 
 #: How far below the last score that may be chosen a token's own may lie, as a share of the largest score.
 TOLERANCE = 0.03 if DEVICE == "cuda" else 1e-4

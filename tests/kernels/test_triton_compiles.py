@@ -34,8 +34,10 @@ def compile_kernel(kernel, pointers, constants, capability, **options):
     return compiled
 
 
-capability = int(sys.argv[1])
-for dtype, batches in (("bf16", (1, 64, 65)), ("fp16", (16,)), ("fp32", (1,))):
+# everything for the oldest GPU, for Hopper what the compiler makes other instructions of
+for dtype, capability, batches in (
+    ("bf16", 80, (1, 64, 65)), ("fp16", 80, (16,)), ("fp32", 80, (1,)), ("bf16", 90, (1, 65))
+):
     for batch in batches:
         tl_dtype = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype]
         torch_dtype = next(key for key, value in linear24._TRITON_DTYPES.items() if value == tl_dtype)
@@ -53,6 +55,7 @@ for dtype, batches in (("bf16", (1, 64, 65)), ("fp16", (16,)), ("fp32", (1,))):
         )
         assert compiled.metadata.shared <= 99 * 1024, compiled.metadata.shared
         assert dtype == "fp32" or "mma" in compiled.asm["ptx"]
+capability = 80
 for wide in (False, True):
     for has_mask in (False, True):
         compile_kernel(
@@ -72,15 +75,14 @@ print("compiled")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile(capability: int, tmp_path: pathlib.Path) -> None:
+def test_kernels_compile(tmp_path: pathlib.Path) -> None:
     script = tmp_path / "compile_kernels.py"
     script.write_text(PROGRAM)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     finished = subprocess.run(
-        [sys.executable, str(script), str(capability)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert finished.stdout.strip() == "compiled"

@@ -25,8 +25,8 @@ def all_scores(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("window", [None, 1, 7, 511, 513, 1029, 1030, 5000])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (3, 1), (6, 1)])
+@pytest.mark.parametrize("window", [None, 1, 511, 513, 1029, 1030])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2)])
 def test_against_all_scores_at_once(heads: int, kv_heads: int, window: int | None, softcap: float | None) -> None:
     shape = AttentionShape(heads, kv_heads, 10, 10, scale=0.4, sliding_window=window, softcap=softcap)
     q = torch.randn(2, 1030, heads, 10)
