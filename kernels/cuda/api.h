@@ -14,7 +14,8 @@ enum class Activation : int { kNone = -1, kSilu = 0, kGelu = 1, kGeluTanh = 2, k
 // [row % 8][k % 8], with as many batch tiles of 8 rows as activation_tiles() says. A chunk of inputs is then contiguous
 // whatever the batch, one copy instead of one a row, and a 16-byte piece is a row of an ldmatrix. K is a multiple of 64;
 // rows past the batch are never looked at.
-constexpr int activation_tiles(int rows) { return rows <= 8 ? 1 : rows <= 16 ? 2 : rows <= 32 ? 4 : 8; }
+constexpr int kMaxTiledRows = 16;
+constexpr int activation_tiles(int rows) { return rows <= 8 ? 1 : 2; }
 
 struct Linear24Arguments {
   const void* values;        // [row tile][block][lane][8], 16-bit

@@ -416,7 +416,7 @@ int decode_attention(const DecodeAttentionArguments& a, DecodeAttentionChoice ch
                      void* stream) {
   if (a.batch < 1 || a.num_kv_heads < 1 || a.num_heads % a.num_kv_heads != 0 || !decode_attention_takes(a.head_dim) ||
       a.rotary_dim % 2 != 0 || a.rotary_dim > a.head_dim || a.dtype == DType::kFloat32 ||
-      (a.out_tiled && a.num_heads * a.head_dim % 64 != 0) ||
+      (a.out_tiled && (a.num_heads * a.head_dim % 64 != 0 || a.batch > kMaxTiledRows)) ||
       choice.splits < 1 || choice.splits > kMaxSplits || (choice.warps != 4 && choice.warps != 8))
     return cudaErrorInvalidValue;
   for (const void* address : {a.keys, a.values})

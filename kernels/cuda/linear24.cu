@@ -25,6 +25,7 @@ int linear24(const Linear24Arguments& a, Linear24Choice choice, bool dependent_l
   if (a.residual != nullptr && (a.N % 8 != 0 || a.gated || a.activation != Activation::kNone))
     return cudaErrorInvalidValue;
   const int width = a.gated ? a.N / 2 : a.N;
+  if ((a.x_tiled || a.y_tiled) && a.M > kMaxTiledRows) return cudaErrorInvalidValue;
   if ((a.x_tiled && (a.K % kUnit != 0 || reinterpret_cast<uintptr_t>(a.x) % 16 != 0)) ||
       (a.y_tiled && width % kUnit != 0))
     return cudaErrorInvalidValue;

@@ -269,7 +269,7 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
     if (p.x_bulk) {
       const int units = units_at(step), slot = step % XStages;
       if (warp_n != 0 || units == 0) return;
-      if (p.x_tiled) {  // contiguous, the whole chunk at once
+      if (BatchTiles <= 2 && p.x_tiled) {  // contiguous, the whole chunk at once
         if (lane == 0) {
           constexpr int kUnitBytes = BatchTiles * 8 * kUnit * 2;
           const int64_t chunk = chunk_begin + step * WarpsK + warp_k;
@@ -370,9 +370,11 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
   // Lane l of an ldmatrix.x4 gives the address of row l % 8 of matrix l / 8: batch row, 8 inputs further per matrix.
   // In tiles the 32 addresses of a matrix-x4 are one after another.
   const uint32_t my_activations = activations + warp_k * S::kGroupActivationBytes +
-                                  (p.x_tiled ? lane * 16 : (lane % 8) * kActivationRowBytes + lane / 8 * 16);
-  const int tile_stride = p.x_tiled ? 512 : 8 * kActivationRowBytes;
-  const int block_stride = p.x_tiled ? BatchTiles * 512 : kBlock * 2;
+                                  (BatchTiles <= 2 && p.x_tiled ? lane * 16 : (lane % 8) * kActivationRowBytes + lane / 8 * 16);
+  // Above 16 rows there are no tiles, and offsets that are known at compile time are worth 7 % (4096x4096, batch 64).
+  const bool tiled = BatchTiles <= 2 && p.x_tiled;
+  const int tile_stride = tiled ? 512 : 8 * kActivationRowBytes;
+  const int block_stride = tiled ? BatchTiles * 512 : kBlock * 2;
 
   for (int step = 0; step < steps; ++step) {
     const int slot = step % Stages, x_slot = step % XStages;

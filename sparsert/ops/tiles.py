@@ -22,6 +22,9 @@ from sparsert.ops import native
 #: Fewer rows are copied row by row in less time than the padded tile.
 _LEAST_ROWS = 5
 
+#: More rows are not read this way (kernels/cuda/linear24.cuh).
+_MOST_ROWS = 16
+
 _INPUTS = 64
 
 
@@ -46,7 +49,7 @@ class Tiled:
 
 def worth_tiling(rows: int, width: int) -> bool:
     """Whether kernels hand over ``rows`` x ``width`` activations in tiles."""
-    return rows >= _LEAST_ROWS and width % _INPUTS == 0
+    return _LEAST_ROWS <= rows <= _MOST_ROWS and width % _INPUTS == 0
 
 
 def empty_tiles(shape: torch.Size, like: Tensor) -> Tiled:
