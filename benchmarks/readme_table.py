@@ -1,7 +1,8 @@
-"""README's table of layers, from a record of `sparsert bench kernels`, so that nobody types its numbers.
+"""README's tables, from records of `sparsert bench kernels` and `latency`, so that nobody types their numbers.
 
     sparsert bench kernels --shapes llama-2-7b,llama-3.1-8b --batch 1,4,8,16,32,64 --peers none --output kernels.json
-    python benchmarks/readme_table.py kernels.json
+    sparsert bench latency --arch llama-2-7b --remove-blocks 8 --corners --peers dense,gpt-fast --output latency.json
+    python benchmarks/readme_table.py kernels.json latency.json
 
 Only rows of `ours` that were checked and found right are quoted, and only beside dense of the same run. A test
 holds README against the committed record with it.
@@ -55,10 +56,60 @@ def table_lines(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+#: How README calls who was measured, by (peer, corner), in the order of its lines.
+CONTENDERS = {
+    ("gpt-fast", "dense"): "gpt-fast, dense",
+    ("dense", "dense"): "ours, dense",
+    ("ours", "blocks removed"): "ours, 8 of 32 blocks removed",
+    ("ours", "2:4"): "ours, **2:4**",
+    ("ours", "2:4 + blocks removed"): "ours, **2:4 and 8 blocks removed**",
+}
+
+DECODE_BATCHES = (1, 4, 8, 16)
+
+
+def decode_lines(record: dict[str, Any]) -> list[str]:
+    """Lines of the table of models: milliseconds a token, times faster than gpt-fast and than our dense, peak memory.
+
+    Args:
+        record: of kind ``latency``; prompts and outputs of 128 tokens.
+
+    Raises:
+        SystemExit: one of ours was not found right.
+    """
+    rows = {(row["peer"], row["corner"], row["batch"]): row for row in record["results"]}
+    model = record["settings"]["model"]
+    lines = []
+    for (peer, corner), name in CONTENDERS.items():
+        if not any((peer, corner, batch) in rows for batch in DECODE_BATCHES):
+            continue
+        cells = [f"{model}: {name}"]
+        for batch in DECODE_BATCHES:
+            row = rows.get((peer, corner, batch))
+            if row is None:
+                cells.append("-")
+                continue
+            if peer != "gpt-fast" and row["correct"] is not True:
+                raise SystemExit(f"{model}, {name}, batch {batch}: the record holds no checked row")
+            ratios = []
+            for other, label in ((("gpt-fast", "dense"), "gpt-fast"), (("dense", "dense"), "dense")):
+                beside = rows.get((*other, batch))
+                if beside is not None and other != (peer, corner) and peer == "ours":
+                    ratios.append(f"{beside['tpot_ms']['p50'] / row['tpot_ms']['p50']:.2f}x {label}")
+            share = "" if row["share_of_read"] is None else f" ({row['share_of_read']:.0%})"
+            cells.append(f"{row['tpot_ms']['p50']:.2f} ms{share}" + (f", {', '.join(ratios)}" if ratios else ""))
+        first = rows.get((peer, corner, 1))
+        cells.append("-" if first is None else f"{first['peak_bytes'] / 1e9:.2f} GB")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("record", type=Path, help="made by sparsert bench kernels --output")
-    print("\n".join(table_lines(read_record(parser.parse_args().record))))
+    parser.add_argument("records", type=Path, nargs="+", help="made by sparsert bench kernels or latency, --output")
+    for path in parser.parse_args().records:
+        record = read_record(path)
+        print("\n".join(table_lines(record) if record["kind"] == "kernels" else decode_lines(record)))
 
 
 if __name__ == "__main__":

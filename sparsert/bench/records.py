@@ -71,6 +71,10 @@ ROW_KEYS: dict[str, tuple[str, ...]] = {
 _TOOL_TIMEOUT_SECONDS = 10
 
 
+def _without_folder(argument: str) -> str:
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
 def new_record(
     kind: str,
     settings: dict[str, Any],
@@ -98,8 +102,8 @@ def new_record(
         "schema": SCHEMA_VERSION,
         "kind": kind,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        # the program's name without its folder: a path of this machine means nothing to the next reader
-        "command": [Path(sys.argv[0]).name.replace("__main__.py", "sparsert"), *sys.argv[1:]],
+        # files without their folders: a path of this machine means nothing to the next reader
+        "command": [Path(sys.argv[0]).name.replace("__main__.py", "sparsert"), *map(_without_folder, sys.argv[1:])],
         "machine": machine_facts(device),
         "roofs": dict(roofs) if roofs is not None else dict.fromkeys(ROOF_KEYS),
         "settings": dict(settings),
