@@ -23,6 +23,17 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"errors", "formats", "ops", "nn", "checkpoint", "schedule"},
     "engine": {"errors", "ops", "checkpoint", "schedule", "models"},
     "bench": {"errors", "formats", "ops", "nn", "checkpoint", "compress", "schedule", "models", "engine"},
+    "integrations": {
+        "errors",
+        "formats",
+        "ops",
+        "nn",
+        "checkpoint",
+        "compress",
+        "schedule",
+        "models",
+        "engine",
+    },
     "environment": {"ops"},
     "cli_options": {"errors"},
     "cli_bench": {"bench", "cli_options"},
@@ -38,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
         "cli_bench",
     },
     "__main__": {"cli"},
-    "__init__": set(),
+    "__init__": {"integrations"},
 }
 
 
