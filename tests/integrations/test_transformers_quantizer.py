@@ -68,6 +68,22 @@ def test_generates_the_tokens_of_our_engine(tmp_path: Path, changes: dict[str, A
         assert greedy_reference(model, prompt, 24, cache_implementation="static")[: len(expected)] == expected
 
 
+def test_what_convert_writes_and_what_our_engine_reads(tmp_path: Path) -> None:
+    """convert -> transformers -> save_pretrained -> engine: one format."""
+    pytest.importorskip("sparsert.checkpoint.convert")
+    from sparsert.cli import main
+
+    pruned_llama(attention_bias=True).save_pretrained(tmp_path / "dense")
+    assert main(["convert", str(tmp_path / "dense"), str(tmp_path / "packed"), "--to", "sparsert"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "again")
+    prompt = random_prompts([9])
+    expected = greedy_reference(model, prompt[0], 20)
+    for directory in ("dense", "packed", "again"):
+        (completion,) = LLM(tmp_path / directory, device="cpu").generate(prompt, SamplingParams(max_new_tokens=20))
+        assert list(completion.token_ids) == expected[: len(completion.token_ids)]
+
+
 def test_pipeline(tmp_path: Path) -> None:
     write_packed(pruned_llama(vocab_size=save_tokenizer(tmp_path)), tmp_path)
     pipe = transformers.pipeline("text-generation", model=str(tmp_path), device_map="cpu")
