@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from packed_llama import RECORD, pruned_llama, write_packed
-from random_24 import raw_bits
+from random_24 import random_mask, raw_bits
 from safetensors.torch import load_file, save_file
 from tiny_chat_model import save_tokenizer
 from tiny_llama import greedy_reference, make_llama, random_prompts
@@ -21,6 +22,8 @@ from sparsert import LLM, CheckpointError, SamplingParams, SparseLinear, Sparsit
 
 transformers = pytest.importorskip("transformers")
 AutoModelForCausalLM = transformers.AutoModelForCausalLM
+
+PARTS = ("compressed", "bitmask", "shape")
 
 CHANGES: list[dict[str, Any]] = [{}, {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}]
 
@@ -160,6 +163,48 @@ def test_a_dense_checkpoint_is_packed_while_loading(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path / "full", quantization_config=SparsertConfig())
 
 
+def test_an_encoder_saves_and_loads(tmp_path: Path) -> None:
+    """A BERT with a classifier, and its base model out of the same files."""
+    from sparsert.integrations.transformers import SparsertConfig
+
+    sizes = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 68}
+    config = transformers.BertConfig(vocab_size=51, num_labels=3, **sizes)
+    dense = transformers.BertForSequenceClassification(config).eval()
+    for module in dense.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data *= random_mask(*module.weight.shape)
+    dense.save_pretrained(tmp_path / "dense")
+    packed = transformers.BertForSequenceClassification.from_pretrained(
+        tmp_path / "dense", quantization_config=SparsertConfig()
+    )
+    packed.save_pretrained(tmp_path / "packed")
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "packed")
+    base = transformers.AutoModel.from_pretrained(tmp_path / "packed")
+    assert len(sparse_layers(again)) == 14 and len(sparse_layers(base)) == 13  # without the classifier
+    ids = torch.randint(0, 51, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+        expected = dense.bert(ids).last_hidden_state
+        torch.testing.assert_close(base(ids).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_offloaded_layers_are_refused() -> None:
+    from sparsert.integrations.stored_layers import is_stored, pack_stored_, stored_layer
+
+    layer = stored_layer(nn.Linear(32, 20, device="meta"), "up_proj")
+    assert is_stored(layer) and set(layer.state_dict()) == {"bias", *PARTS}
+    with pytest.raises(UnsupportedError, match="up_proj: packed layers cannot be offloaded"):
+        pack_stored_(layer, "up_proj")
+    layer = stored_layer(nn.Linear(32, 20), "up_proj")
+    layer._hf_hook = SimpleNamespace(offload=True)
+    with pytest.raises(UnsupportedError, match="give a device_map of GPUs"):
+        pack_stored_(layer, "up_proj")
+    with pytest.raises(CheckpointError, match="has 30 inputs, no multiple of 4"):
+        stored_layer(nn.Linear(30, 20), "up_proj")
+    with pytest.raises(UnsupportedError, match=r"torch\.float64 cannot be packed"):
+        stored_layer(nn.Linear(32, 20, dtype=torch.float64), "up_proj")
+
+
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     """transformers would go on with random weights for what is missing; here each is an error."""
     tensors = write_packed(pruned_llama(), tmp_path)
@@ -191,9 +236,6 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedError, match="version 2; this sparsert reads 'sparse-24-bitmask' up to"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-PARTS = ("compressed", "bitmask", "shape")
 
 
 @pytest.mark.parametrize(
