@@ -2,7 +2,8 @@
 
 Three doors: ``sparsert.LLM`` loads a checkpoint and generates, ``sparsert.sparsify_`` drops 2:4 linears
 into a model of your own, ``sparsert.ops`` is the kernel itself. Importing this package loads neither
-triton, transformers nor CUDA; names are fetched on first use.
+triton, transformers nor CUDA; names are fetched on first use. transformers reads our checkpoints from
+then on, whichever of the two is imported first (:mod:`sparsert.integrations.registration`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import importlib
 import pathlib
 from typing import Any
+
+from sparsert.integrations.registration import register_with_transformers
 
 __version__ = "0.1.0"
 
@@ -19,6 +22,8 @@ __version__ = "0.1.0"
 _source_root = pathlib.Path(__file__).resolve().parent.parent
 if (_source_root / "kernels" / "cuda" / "layout.cuh").is_file() and (_source_root / "csrc").is_dir():
     __path__.append(str(_source_root))
+
+register_with_transformers()
 
 _LAZY = {
     "LLM": "sparsert.engine",

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsert.cli_bench import add_bench
 from sparsert.cli_options import build_parser
-from sparsert.errors import InputError, SparsertError
+from sparsert.errors import InputError, SparsertError, UnsupportedError
 
 if TYPE_CHECKING:
     from sparsert.engine import Completion
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         with _short_warnings():
-            commands = {"generate": generate, "prune": prune, "inspect": inspect, "env": env}
+            commands = {"generate": generate, "eval": evaluate, "prune": prune, "inspect": inspect, "env": env}
             arguments = build_parser(commands, add_bench).parse_args(argv)
             code = arguments.run(arguments)
         sys.stdout.flush()
@@ -161,6 +161,60 @@ def generate(arguments: argparse.Namespace) -> None:
         if len(completions) > 1:
             print()
     _say_timings(completions)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """``sparsert eval``: perplexity of a text, and tasks of lm-eval."""
+    if arguments.text is None and arguments.tasks is None:
+        raise InputError("there is nothing to measure; give --text FILE for its perplexity, or --tasks NAMES, or both")
+    text = None if arguments.text is None else _read_text("--text", arguments.text)
+    run_tasks = None if arguments.tasks is None else _import_lm_eval()
+    blocks = _parse_block_options(arguments)
+    from sparsert.engine import LLM
+    from sparsert.evaluate import PerplexityProtocol, measure_perplexity
+
+    protocol = PerplexityProtocol(
+        arguments.window, arguments.stride, arguments.bos, arguments.keep_tail, arguments.max_windows
+    )
+    if arguments.batch_size < 1:
+        raise InputError(f"--batch-size {arguments.batch_size}: it must be at least 1")
+    llm = LLM(
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        masks=arguments.masks,
+        remove_blocks=blocks.removed,
+        block_order=blocks.order,
+        skip_attention=blocks.skip_attention,
+        skip_mlp=blocks.skip_mlp,
+        force_remove=arguments.force_remove,
+        backend=arguments.backend,
+        progress=True,
+    )
+    record: dict[str, Any] = {"model": llm.summary()}
+    if text is not None:
+        result = measure_perplexity(llm, text, protocol, batch_size=arguments.batch_size, progress=True)
+        record["perplexity"] = {"text": arguments.text, **result.to_dict()}
+        if not arguments.json:
+            print(
+                f"perplexity {result.perplexity:.4f} of {arguments.text}: {result.scored_tokens:,} tokens scored in "
+                f"{result.windows} windows of {result.window}, stride {result.stride}, BOS: {result.bos}; "
+                f"{result.left_out_tokens:,} tokens left out; {result.seconds:.1f} s"
+            )
+    if run_tasks is not None:
+        record["tasks"] = run_tasks(
+            llm,
+            [task.strip() for task in arguments.tasks.split(",") if task.strip()],
+            task_path=arguments.task_path,
+            num_fewshot=arguments.num_fewshot,
+            limit=arguments.limit,
+            batch_size=arguments.batch_size,
+            chat=arguments.chat,
+        )
+        if not arguments.json:
+            print("\n".join(_task_lines(record["tasks"])))
+    if arguments.json:
+        print(json.dumps(record, ensure_ascii=False, default=str))
 
 
 def prune(arguments: argparse.Namespace) -> None:
@@ -286,16 +340,40 @@ def _parse_listed(option: str, listed: str | None) -> _BlockOptions:
 def _read_prompts(arguments: argparse.Namespace) -> list[str]:
     prompts = list(arguments.prompt or ())
     if arguments.prompts is not None:
-        try:
-            text = sys.stdin.read() if arguments.prompts == "-" else Path(arguments.prompts).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"--prompts {arguments.prompts}: cannot be read ({error}); give a UTF-8 text file"
-            ) from error
-        prompts += [line for line in text.splitlines() if line.strip()]
+        prompts += [line for line in _read_text("--prompts", arguments.prompts).splitlines() if line.strip()]
     if not prompts:
         raise InputError("there is nothing to continue; give --prompt TEXT, or --prompts FILE with a prompt a line")
     return prompts
+
+
+def _read_text(option: str, path: str) -> str:
+    """A text file, or standard input for ``-``."""
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{option} {path}: cannot be read ({error}); give a UTF-8 text file") from error
+
+
+def _import_lm_eval() -> Callable[..., dict[str, dict[str, Any]]]:
+    """Tasks need lm-eval; say so before a model is loaded."""
+    try:
+        from sparsert.integrations.lm_eval import run_tasks
+    except ImportError as error:
+        raise UnsupportedError(f"--tasks needs lm-eval ({error}); run pip install 'sparsert[eval]'") from error
+    return run_tasks
+
+
+def _task_lines(tasks: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each metric; lm-eval names them ``metric,filter``, with ``metric_stderr,filter`` beside it."""
+    lines = []
+    for task, metrics in tasks.items():
+        for name, value in metrics.items():
+            metric, _, kind = name.partition(",")
+            if isinstance(value, (int, float)) and kind and not metric.endswith("_stderr"):
+                error = metrics.get(f"{metric}_stderr,{kind}")
+                spread = f" +- {error:.4f}" if isinstance(error, (int, float)) else ""
+                lines.append(f"{task}  {metric}{'' if kind == 'none' else f' ({kind})'}  {value:.4f}{spread}")
+    return lines
 
 
 def _print_stream(run: Callable[[StreamCallback], list[Completion]]) -> None:

@@ -31,6 +31,7 @@ _EXAMPLES = """\
 examples:
   sparsert generate --prompt "The tower of Pisa"        fetch a small model, prune it 2:4, run it
   sparsert generate --model DIR --prompt "Hello" --chat  run your own checkpoint as a chat model
+  sparsert eval --model DIR --text wikitext2-test.txt    measure its perplexity
   sparsert prune --model DIR --output PRUNED             write a 2:4 checkpoint
   sparsert inspect PRUNED                                see which layers would run sparse
   sparsert bench kernels                                 measure layers against cuBLAS and torch.sparse
@@ -49,6 +50,19 @@ Weights whose zeros already form 2:4 are found and packed; nothing has to be sai
 file is MaskLLM's mask_compressed.npz. A block order file is Shortened LLaMA's: one line of block
 numbers, the one to remove first standing first. A draft proposes tokens that the model then checks several
 at a time: the texts stay what they would be without it, only sooner if most proposals stand.
+"""
+
+_EVAL_EXAMPLES = """\
+examples:
+  sparsert eval --model DIR --text wikitext2-test.txt
+  sparsert eval --model DIR --text wikitext2-test.txt --window 128 --bos window --batch-size 16
+  sparsert eval --model DIR --remove-blocks 21-25,27 --text test.txt --json
+  sparsert eval --model DIR --tasks piqa,winogrande,arc_easy --batch-size 8
+
+Perplexity is measured as the papers' tables are: the whole text tokenised once, cut into windows of
+min(4096, the model's length) tokens that do not overlap, the rest left out, the first token of a window not
+predicted. WikiText-2's articles are joined by an empty line there. Nothing is downloaded for it; tasks
+are those of lm-eval (pip install 'sparsert[eval]'), which fetches their data sets.
 """
 
 _PRUNE_EXAMPLES = """\
@@ -92,6 +106,7 @@ def build_parser(run: Mapping[str, Command], add_more: Callable[[Any], None] | N
     parser.add_argument("--version", action="version", version=f"sparsert {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands, run["generate"])
+    _add_eval(commands, run["eval"])
     _add_prune(commands, run["prune"])
     _add_inspect(commands, run["inspect"])
     if add_more is not None:
@@ -138,19 +153,7 @@ def _add_generate(commands: Any, run: Command) -> None:
     )
     sampling.add_argument("--ignore-eos", action="store_true", help="go on past the model's end token")
 
-    how = command.add_argument_group("where and how to run")
-    how.add_argument("--device", metavar="cpu|cuda", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    how.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="number format (default: float32 on a CPU, else as stored)",
-    )
-    how.add_argument(
-        "--backend",
-        choices=("auto", "native", "triton", "torch", "dense"),
-        default="auto",
-        help="kernels for 2:4 layers: ours in CUDA (native) or Triton, torch.sparse, or unpacked (default: auto)",
-    )
+    how = _add_device_options(command)
     how.add_argument(
         "--max-length", metavar="N", type=int, help="tokens of prompt and text that must fit (default: as needed)"
     )
@@ -169,6 +172,55 @@ def _add_generate(commands: Any, run: Command) -> None:
     output = command.add_argument_group("output").add_mutually_exclusive_group()
     output.add_argument("--stream", action="store_true", help="print the text as it is made (one prompt only)")
     output.add_argument("--json", action="store_true", help="print one JSON object a prompt, a line each")
+
+
+def _add_device_options(command: argparse.ArgumentParser) -> Any:
+    how = command.add_argument_group("where and how to run")
+    how.add_argument("--device", metavar="cpu|cuda", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    how.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="number format (default: float32 on a CPU, else as stored)",
+    )
+    how.add_argument(
+        "--backend",
+        choices=("auto", "native", "triton", "torch", "dense"),
+        default="auto",
+        help="kernels for 2:4 layers: ours in CUDA (native) or Triton, torch.sparse, or unpacked (default: auto)",
+    )
+    return how
+
+
+def _add_eval(commands: Any, run: Command) -> None:
+    command = _add_command(commands, "eval", run, "measure perplexity on a text, or run lm-eval tasks", _EVAL_EXAMPLES)
+    what = command.add_argument_group("what to measure")
+    what.add_argument("--model", metavar="DIR|ID", required=True, help="model directory or hub id")
+    what.add_argument("--text", metavar="FILE", help="measure the perplexity of this text file; - reads stdin")
+    what.add_argument("--tasks", metavar="NAMES", help="run these lm-eval tasks, separated by commas")
+    what.add_argument("--masks", metavar="FILE", help="apply the 2:4 masks of a mask_compressed.npz while loading")
+    _add_block_options(what)
+
+    text = command.add_argument_group("perplexity")
+    text.add_argument("--window", metavar="N", type=int, help="tokens read at a time (default: 4096, or the model's)")
+    text.add_argument("--stride", metavar="N", type=int, help="tokens from window to window (default: the window)")
+    text.add_argument(
+        "--bos",
+        choices=("text", "window", "none"),
+        default="text",
+        help="BOS as the tokenizer puts it at the start of the text, in front of every window, or none (default: text)",
+    )
+    text.add_argument("--keep-tail", action="store_true", help="also score what is left behind the last whole window")
+    text.add_argument("--max-windows", metavar="N", type=int, help="only the first N windows (default: all)")
+
+    tasks = command.add_argument_group("lm-eval tasks")
+    tasks.add_argument("--num-fewshot", metavar="N", type=int, help="examples in front of each question")
+    tasks.add_argument("--limit", metavar="N", type=int, help="only the first N documents of each task (default: all)")
+    tasks.add_argument("--task-path", metavar="DIR", help="folder with task files of your own")
+    tasks.add_argument("--chat", action="store_true", help="put each question through the model's chat template")
+
+    how = _add_device_options(command)
+    how.add_argument("--batch-size", metavar="N", type=int, default=1, help="windows or texts at a time (default: 1)")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
 
 
 def _add_prune(commands: Any, run: Command) -> None:

@@ -98,6 +98,16 @@ class SparseLinear(nn.Module):
         bias = linear.bias.detach() if linear.bias is not None else None
         return cls.from_packed(ops.pack(linear.weight.detach(), mask, name=name), bias, backend=backend)
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight ``[out_features, in_features]``, unpacked anew at every access.
+
+        For code that looks at a linear's weight (its dtype in T5, its device in peft), not for computing with it:
+        nothing keeps the tensor, so what is written to it is lost.
+        """
+        weight: Tensor = torch.ops.sparsert.unpack24(self.values, self.metadata, self.out_features, self.in_features)
+        return weight
+
     def packed(self) -> Packed24:
         """The weight, sharing this module's storage."""
         return Packed24(self.values, self.metadata, self.out_features, self.in_features)

@@ -123,7 +123,8 @@ def _backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     values, metadata = context.saved_tensors
     gradient_x = gradient_bias = None
     if context.needs_input_grad[0]:
-        gradient_x = gradient @ _dense(values, metadata, context.out_features, context.in_features)
+        # the operator, not the function behind it: a compiled backward pass traces this
+        gradient_x = gradient @ torch.ops.sparsert.unpack24(values, metadata, context.out_features, context.in_features)
     if context.needs_input_grad[3]:
         gradient_bias = gradient.reshape(-1, context.out_features).sum(0)
     return gradient_x, None, None, gradient_bias, None, None, None

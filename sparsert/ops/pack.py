@@ -1,7 +1,8 @@
 """Packing and unpacking on the device where the tensor is: CUDA, Triton, threaded C++ or plain torch.
 
 All four give the same bytes. ``auto`` takes the first that is there; the plain-torch reference
-(``backend="reference"``) is slow and always works.
+(``backend="reference"``) is slow and always works. Unpacking is an operator as well,
+``sparsert::unpack24``, for what looks at a weight inside of compiled code.
 """
 
 from __future__ import annotations
@@ -106,6 +107,21 @@ def pack(weight: Tensor, mask: Tensor | None = None, *, name: str = "weight", ba
     if bad_groups:
         raise sparsity_error(name, bad_groups, rows, columns, first_group)
     return Packed24(values, metadata, rows, columns)
+
+
+def _unpack24_impl(values: Tensor, metadata: Tensor, out_features: int, in_features: int) -> Tensor:
+    return unpack(Packed24(values, metadata, out_features, in_features))
+
+
+def _unpack24_fake(values: Tensor, metadata: Tensor, out_features: int, in_features: int) -> Tensor:
+    return values.new_empty((out_features, in_features))
+
+
+_library = torch.library.Library("sparsert", "FRAGMENT")
+_library.define("unpack24(Tensor values, Tensor metadata, int out_features, int in_features) -> Tensor")
+_library.impl("unpack24", _unpack24_impl, "CPU")
+_library.impl("unpack24", _unpack24_impl, "CUDA")
+torch.library.register_fake("sparsert::unpack24", _unpack24_fake, lib=_library)
 
 
 def _pack_native(weight: Tensor, mask: Tensor | None, values: Tensor, metadata: Tensor) -> Tensor:
