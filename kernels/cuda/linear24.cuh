@@ -9,10 +9,13 @@
 //     before Hopper every lane copies the 16 bytes that it will read itself.
 //   * The weights do not depend on the previous kernel. Under programmatic dependent launch the ring is requested
 //     before the wait for that kernel, so its tail and this kernel's start overlap.
-//   * Activations are staged row-major in shared memory and read with ldmatrix; one matrix-x4 is one B operand. The
-//     more output rows a block covers, the less often x is read from L2.
+//   * Activations are staged in shared memory, row-major or in tiles as they come (api.h), and read with ldmatrix; one
+//     matrix-x4 is one B operand. The more output rows a block covers, the less often x is read from L2. Their ring may
+//     be shorter than that of the weights, which have the longer way.
 //   * Short layers have too few rows for 132 multiprocessors, so a cluster of blocks splits the inputs and adds up
 //     through distributed shared memory, in a fixed order: deterministic, no workspace, no counters.
+//   * What else a decode step needs is joined to the end of the layer that has the numbers at hand: a gate's product,
+//     the residual addition, a norm's weight and squares; and its division to the end of the next layer (api.h).
 //
 // Work of one block, R = 16 * RowTiles * WarpsN outputs; each warp owns RowTiles tiles and every WarpsK-th chunk:
 //
@@ -55,17 +58,17 @@ struct KernelArguments {
   int M, N, K;
   int64_t ldx_bytes;
   int row_tiles, units, splits;
-  bool x_wide;  // rows of x are 16-byte aligned; otherwise 8
-  const float* squares_in;  // [M][squares_parts]
+  // as in Linear24Arguments
+  const float* squares_in;
   const void* residual;
   const void* norm_weight;
   void* weighted;
-  float* squares_out;  // [M][blocks]
+  float* squares_out;
   int squares_parts;
   float eps;
   Activation activation;
-  bool gated;
-  bool x_tiled, y_tiled;
+  bool gated, x_tiled, y_tiled;
+  bool x_wide;  // rows of x are 16-byte aligned; otherwise 8
   bool x_bulk;  // the copy engine may fetch x: 16-byte aligned, and no input past K to be zeroed
 };
 
