@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         with _short_warnings():
-            commands = {"generate": generate, "prune": prune, "inspect": inspect, "env": env}
+            commands = {"generate": generate, "prune": prune, "convert": convert, "inspect": inspect, "env": env}
             arguments = build_parser(commands, add_bench).parse_args(argv)
             code = arguments.run(arguments)
         sys.stdout.flush()
@@ -167,7 +167,7 @@ def prune(arguments: argparse.Namespace) -> None:
     """``sparsert prune``: write an ordinary checkpoint with zeros."""
     blocks = _parse_block_options(arguments)
     from sparsert.checkpoint import open_checkpoint, prune_checkpoint, resolve_checkpoint
-    from sparsert.checkpoint.writer import check_output
+    from sparsert.checkpoint.work import check_output
     from sparsert.compress import magnitude_mask
     from sparsert.models import DecoderConfig
 
@@ -185,6 +185,7 @@ def prune(arguments: argparse.Namespace) -> None:
         # a path of this machine means nothing to the next reader, its last part may
         base_model=directory.resolve().name if Path(arguments.model).expanduser().exists() else arguments.model,
         plan=plan,
+        target=arguments.to,
         progress=True,
     )
     if arguments.json:
@@ -199,6 +200,26 @@ def prune(arguments: argparse.Namespace) -> None:
             f"note: {len(summary.dense_linears)} linear weights stay dense because their input width is no multiple "
             f"of 4, the first {summary.dense_linears[0]}"
         )
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """``sparsert convert``: the same weights in another form."""
+    from sparsert.checkpoint import convert_checkpoint, open_checkpoint, resolve_checkpoint
+    from sparsert.checkpoint.work import check_output
+
+    check_output(Path(arguments.output).expanduser())
+    source = open_checkpoint(resolve_checkpoint(arguments.input))
+    summary = convert_checkpoint(source, arguments.output, target=arguments.to, progress=True)
+    if arguments.json:
+        print(json.dumps(summary.to_dict()))
+        return
+    print(
+        f"{summary.output}: {summary.target}, {summary.packed_linears} linear weights packed, "
+        f"{len(summary.dense_linears)} dense, {summary.source_bytes / 1e6:.1f} MB -> "
+        f"{summary.total_bytes / 1e6:.1f} MB, read back and compared"
+    )
+    if summary.dense_linears and summary.packed_linears:
+        _say(f"note: not 2:4 and stored dense: {len(summary.dense_linears)}, the first {summary.dense_linears[0]}")
 
 
 def inspect(arguments: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from sparsert.checkpoint.quantization import pruning_record
 from sparsert.checkpoint.reader import Checkpoint
 from sparsert.checkpoint.writer import stored_plan
 from sparsert.errors import SparsertError
@@ -185,7 +186,7 @@ def inspect_checkpoint(
     for name in tqdm(checkpoint.names, unit="tensor", desc="reading", disable=None if progress else True):
         tensors.append(_inspect_tensor(checkpoint, name, name in block_linears))
     architectures = config.get("architectures") or [config.get("model_type", "unknown")]
-    depth, record = config.get("num_hidden_layers"), config.get("sparsert")
+    depth, record = config.get("num_hidden_layers"), pruning_record(config)
     return CheckpointReport(
         directory=str(checkpoint.directory),
         architecture=str(architectures[0]),
@@ -193,7 +194,7 @@ def inspect_checkpoint(
         unsupported_reason=reason,
         num_blocks=depth if isinstance(depth, int) else None,
         plan=stored_plan(config, depth) if isinstance(depth, int) else None,
-        record=record if isinstance(record, dict) else None,
+        record=dict(record) if record is not None else None,
         tensors=tuple(tensors),
     )
 
