@@ -26,6 +26,9 @@ from sparsert.cli_options import build_parser
 from sparsert.errors import InputError, SparsertError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsert.checkpoint import Checkpoint
     from sparsert.engine import Completion
     from sparsert.engine.growing_text import StreamCallback
     from sparsert.schedule import LayerPlan
@@ -168,7 +171,6 @@ def prune(arguments: argparse.Namespace) -> None:
     blocks = _parse_block_options(arguments)
     from sparsert.checkpoint import open_checkpoint, prune_checkpoint, resolve_checkpoint
     from sparsert.checkpoint.work import check_output
-    from sparsert.compress import magnitude_mask
     from sparsert.models import DecoderConfig
 
     output = Path(arguments.output).expanduser()
@@ -177,15 +179,17 @@ def prune(arguments: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(directory)
     DecoderConfig.from_hf(checkpoint.config)  # refuses what could not be run afterwards
     plan = blocks.plan(checkpoint.num_blocks, force=arguments.force_remove)
+    method, mask_maker, keep_dense = _mask_method(arguments, checkpoint)
     summary = prune_checkpoint(
         checkpoint,
         output,
-        method=arguments.method,
-        mask_maker=None if arguments.method == "none" else lambda name, weight: magnitude_mask(weight, name=name),
+        method=method,
+        mask_maker=mask_maker,
         # a path of this machine means nothing to the next reader, its last part may
         base_model=directory.resolve().name if Path(arguments.model).expanduser().exists() else arguments.model,
         plan=plan,
         target=arguments.to,
+        keep_dense=keep_dense,
         progress=True,
     )
     if arguments.json:
@@ -197,9 +201,30 @@ def prune(arguments: argparse.Namespace) -> None:
     )
     if summary.dense_linears:
         _say(
-            f"note: {len(summary.dense_linears)} linear weights stay dense because their input width is no multiple "
-            f"of 4, the first {summary.dense_linears[0]}"
+            f"note: {len(summary.dense_linears)} linear weights stay dense because there is no mask for them or their "
+            f"input width is no multiple of 4, the first {summary.dense_linears[0]}"
         )
+
+
+def _mask_method(
+    arguments: argparse.Namespace, checkpoint: Checkpoint
+) -> tuple[str, Callable[[str, Tensor], Tensor] | None, frozenset[str]]:
+    """Name of the method that makes masks, what makes them, and the weights for which there is none."""
+    if arguments.masks is None:
+        from sparsert.compress import magnitude_mask
+
+        method = arguments.method or "magnitude"
+        maker = None if method == "none" else lambda name, weight: magnitude_mask(weight, name=name)
+        return method, maker, frozenset()
+    if arguments.method is not None:
+        raise InputError("--masks and --method both say how to prune; give one of them")
+    from sparsert.checkpoint import read_maskllm
+
+    masks = read_maskllm(arguments.masks)
+    linears = checkpoint.block_linears()
+    masks.check({name: checkpoint.shape(name) for name in linears})
+    without = frozenset(name for name in linears if name not in masks)
+    return "mask file", lambda name, weight: masks.mask(name, tuple(weight.shape)), without
 
 
 def convert(arguments: argparse.Namespace) -> None:

@@ -56,6 +56,7 @@ _PRUNE_EXAMPLES = """\
 examples:
   sparsert prune --model HuggingFaceTB/SmolLM2-135M-Instruct --output smollm2-2of4
   sparsert prune --model DIR --remove-blocks 21-25,27 --output PRUNED
+  sparsert prune --model DIR --masks mask_compressed.npz --to sparsert --output PACKED
   sparsert prune --model DIR --method none --remove-blocks 21-25,27 --output SHORTER
 
 The result is an ordinary Hugging Face checkpoint: zeros where values were pruned (or packed, with
@@ -190,9 +191,9 @@ def _add_prune(commands: Any, run: Command) -> None:
     command.add_argument(
         "--method",
         choices=("magnitude", "none"),
-        default="magnitude",
         help="how masks are made; none only removes blocks (default: magnitude)",
     )
+    command.add_argument("--masks", metavar="FILE", help="take the masks of a mask_compressed.npz or raw .pt instead")
     _add_block_options(command)
     command.add_argument(
         "--to",

@@ -82,12 +82,7 @@ class MaskFile:
         Raises:
             CheckpointError: masks for parameters the model lacks, parameters without a mask, or a wrong length.
         """
-        foreign = [name for name in self.names if name not in linears]
-        if foreign:
-            raise CheckpointError(
-                f"{self.path}: {len(foreign)} of {len(self)} masks are for parameters this model does not have, "
-                f"the first {foreign[0]!r}; the masks belong to another model"
-            )
+        self._check_known(linears)
         missing = [name for name in linears if name not in self]
         if missing:
             raise CheckpointError(
@@ -96,6 +91,14 @@ class MaskFile:
             )
         for name, shape in linears.items():
             self._check_length(name, shape)
+
+    def _check_known(self, linears: Mapping[str, tuple[int, ...]]) -> None:
+        foreign = [name for name in self.names if name not in linears]
+        if foreign:
+            raise CheckpointError(
+                f"{self.path}: {len(foreign)} of {len(self)} masks are for parameters this model does not have, "
+                f"the first {foreign[0]!r}; the masks belong to another model"
+            )
 
     def _check_length(self, name: str, shape: tuple[int, ...]) -> None:
         needed = -(-int(np.prod(shape, dtype=np.int64)) // 8)
@@ -134,9 +137,12 @@ class MaskFile:
 def read_maskllm(path: str | Path) -> MaskFile:
     """Open a MaskLLM mask file and check its keys and array headers, without unpacking any mask.
 
+    Args:
+        path: a ``mask_compressed.npz``, or a raw mask file ``.pt`` (``raw_masks.py``).
+
     Raises:
         CheckpointError: no such file, no or damaged npz, a key that is no ``<parameter>.weight.mask``, or
-            an array that is not flat uint8.
+            an array that is not flat uint8; a pickle that holds more than tensors.
 
     Example:
         >>> masks = read_maskllm("mask_compressed.npz")  # doctest: +SKIP
@@ -145,6 +151,10 @@ def read_maskllm(path: str | Path) -> MaskFile:
     file = Path(path).expanduser()
     if not file.is_file():
         raise CheckpointError(f"{file}: no such mask file; give the path of a mask_compressed.npz")
+    from sparsert.checkpoint.raw_masks import RawMaskFile, is_pickle
+
+    if is_pickle(file):
+        return RawMaskFile(file)
     lengths: dict[str, int] = {}
     try:
         archive = zipfile.ZipFile(file)

@@ -25,7 +25,7 @@ claim: a loader that finds a third value in a group then reports an error and do
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class PruneSummary:
         removed_blocks: blocks left out, in the numbering of the source.
         without_attention, without_mlp: blocks of which only this half was left out, likewise.
         masked_linears: how many block linears are now 2:4.
-        dense_linears: block linears (new numbering) whose input width is no multiple of 4.
+        dense_linears: block linears (new numbering) that were left dense: no mask, or a width that is no multiple of 4.
         zero_share: share of zeros in the masked linears, 0-1.
         total_bytes: bytes of all tensors written.
     """
@@ -84,6 +84,7 @@ def prune_checkpoint(
     base_model: str,
     plan: LayerPlan | None = None,
     target: str | None = None,
+    keep_dense: Collection[str] = (),
     shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
 ) -> PruneSummary:
@@ -99,6 +100,7 @@ def prune_checkpoint(
         plan: what to keep, default all; what the source itself skips stays away.
         target: ``dense``, ``sparsert`` or ``sparse-24-bitmask``, see :class:`~sparsert.checkpoint.writer.Form`; what is
             masked, or packed in the source, is then written packed. Default: dense, or our format if the source is.
+        keep_dense: block linears that no mask is made for.
         shard_bytes: most bytes of tensors in one file.
         progress: show a bar on standard error if that is a terminal.
 
@@ -120,7 +122,7 @@ def prune_checkpoint(
         nonlocal zeros, positions, masked
         if mask_maker is None or name not in linears:
             return tensor
-        if tensor.shape[1] % 4:
+        if tensor.shape[1] % 4 or name in keep_dense:
             dense.append(rename_block(name, position[block_of(name) or 0]))
             return tensor
         pruned = torch.where(mask_maker(name, tensor), tensor, torch.zeros((), dtype=tensor.dtype))
@@ -132,7 +134,8 @@ def prune_checkpoint(
     if target is None:
         ours = quantization_of(source.config).get("quant_method") == QUANT_METHOD
         target = SPARSERT if ours else DENSE
-    packable = [name for name in linears if source.shape(name)[1] % 4 == 0 and source.dtype(name) in PACKED_DTYPES]
+    masked_anew = linears - set(keep_dense)
+    packable = [name for name in masked_anew if source.shape(name)[1] % 4 == 0 and source.dtype(name) in PACKED_DTYPES]
     already = [name for name in source.names if mask_maker is None and source.storage(name) == BITMASK_24]
     form = Form(target, frozenset() if target == DENSE else frozenset([*packable, *already]))
 

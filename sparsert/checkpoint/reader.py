@@ -82,7 +82,7 @@ class Checkpoint:
         return self._tensor(name).dtype
 
     def storage(self, name: str) -> str:
-        """How a tensor is stored: ``dense``, ``sparse-24-bitmask``, ``sparse-bitmask`` or ``marlin-24``."""
+        """How a tensor is stored, see :class:`~sparsert.checkpoint.stored.StoredTensor`."""
         return self._tensor(name).storage
 
     def nbytes(self, name: str) -> int:

@@ -7,6 +7,8 @@ Whoever reads a checkpoint asks for ``model.layers.0.mlp.up_proj.weight`` and ge
     sparse-24-bitmask   P.compressed, P.bitmask, P.shape            also our own format (docs/format.md)
     sparse-bitmask      P.weight.compressed, .bitmask, .shape, .row_offsets
     marlin-24           P.weight_packed, P.scale_packed, P.meta
+    weight and mask     P.weight, P._weight_mask                    a ModelOpt model whose masks were not baked in yet
+                        P.weight_orig, P.weight_mask                the same of torch.nn.utils.prune
 
 The formats are told by these names alone: what a configuration says of itself is often wrong or missing. A part that
 lacks its fellows is an error here, because whoever passed over it would run a layer without its weight.
@@ -30,8 +32,11 @@ from sparsert.formats.marlin24 import dense_from_marlin24, marlin24_sizes
 from sparsert.formats.sparse_bitmask import dense_from_sparse_bitmask
 
 DENSE, BITMASK_24, BITMASK, MARLIN_24 = "dense", "sparse-24-bitmask", "sparse-bitmask", "marlin-24"
+MODELOPT_MASK, TORCH_MASK = "modelopt-mask", "torch-mask"
 
 _PARTS = {
+    MODELOPT_MASK: ("weight", "_weight_mask"),
+    TORCH_MASK: ("weight_orig", "weight_mask"),
     BITMASK_24: ("compressed", "bitmask", "shape"),
     BITMASK: ("compressed", "bitmask", "shape", "row_offsets"),
     MARLIN_24: ("weight_packed", "scale_packed", "meta"),
@@ -45,7 +50,8 @@ class StoredTensor:
     Attributes:
         shape: of the tensor as the model wants it.
         dtype: likewise.
-        storage: ``dense``, ``sparse-24-bitmask``, ``sparse-bitmask`` or ``marlin-24``.
+        storage: ``dense``, or which of the formats above: ``sparse-24-bitmask``, ``sparse-bitmask``, ``marlin-24``,
+            ``modelopt-mask``, ``torch-mask``.
         parts: name in the files of each part; a dense tensor has one, named ``""``.
     """
 
@@ -94,6 +100,9 @@ def _storage(name: str, infos: Mapping[str, TensorInfo]) -> str:
         return BITMASK if f"{prefix}.row_offsets" in infos else BITMASK_24
     if part in _PARTS[MARLIN_24] and f"{prefix}.weight_packed" in infos and f"{prefix}.meta" in infos:
         return MARLIN_24
+    for storage in (MODELOPT_MASK, TORCH_MASK):
+        if part in _PARTS[storage] and f"{prefix}.{_PARTS[storage][1]}" in infos:
+            return storage
     return DENSE
 
 
@@ -109,6 +118,14 @@ def _join_parts(
             "incomplete, fetch it again"
         )
     parts = {part: infos[name] for part, name in names.items()}
+    if storage in (MODELOPT_MASK, TORCH_MASK):
+        weight, mask = parts.values()
+        if weight.shape != mask.shape:
+            raise CheckpointError(
+                f"{mask.file}: the mask of {target!r} has shape {list(mask.shape)}, the weight {list(weight.shape)}; "
+                "they belong to different models, fetch the checkpoint again"
+            )
+        return StoredTensor(weight.shape, weight.dtype, storage, names)
     place = parts["shape" if "shape" in parts else "meta"].file
     if storage == MARLIN_24:
         try:
@@ -149,6 +166,11 @@ def expand(tensor: StoredTensor, parts: Mapping[str, Tensor], name: str) -> Tens
         return dense_from_marlin24(
             parts["weight_packed"], parts["scale_packed"], parts["meta"], dtype=tensor.dtype, name=name
         )
+    if tensor.storage in (MODELOPT_MASK, TORCH_MASK):
+        weight, mask = parts.values()
+        if mask.dtype != torch.bool and not torch.equal((mask != 0).to(mask.dtype), mask):
+            raise InputError(f"{name}: its mask holds values beside 0 and 1; the file is damaged")
+        return torch.where(mask != 0, weight, torch.zeros((), dtype=weight.dtype))
     return parts[""]
 
 
