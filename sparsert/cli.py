@@ -232,8 +232,13 @@ def convert(arguments: argparse.Namespace) -> None:
     from sparsert.checkpoint import convert_checkpoint, open_checkpoint, resolve_checkpoint
     from sparsert.checkpoint.work import check_output
 
-    check_output(Path(arguments.output).expanduser())
-    source = open_checkpoint(resolve_checkpoint(arguments.input))
+    output = Path(arguments.output).expanduser()
+    check_output(output)
+    path = resolve_checkpoint(arguments.input)
+    if path.is_file() and path.suffix == ".gguf":
+        _convert_gguf(path, output, arguments)
+        return
+    source = open_checkpoint(path)
     summary = convert_checkpoint(source, arguments.output, target=arguments.to, progress=True)
     if arguments.json:
         print(json.dumps(summary.to_dict()))
@@ -247,12 +252,33 @@ def convert(arguments: argparse.Namespace) -> None:
         _say(f"note: not 2:4 and stored dense: {len(summary.dense_linears)}, the first {summary.dense_linears[0]}")
 
 
+def _convert_gguf(path: Path, output: Path, arguments: argparse.Namespace) -> None:
+    """A GGUF file to a dense Hugging Face directory."""
+    from sparsert.checkpoint.gguf_file import convert_gguf
+    from sparsert.checkpoint.work import work_directory
+
+    if arguments.to not in ("dense", "safetensors"):
+        raise InputError(
+            f"{path}: a GGUF model is dense; convert it --to dense, then prune it with `sparsert prune --to`"
+        )
+    with work_directory(output) as directory:
+        convert_gguf(path, directory, progress=True)
+    print(json.dumps({"output": str(output), "target": "dense"}) if arguments.json else f"{output}: dense, from {path}")
+
+
 def inspect(arguments: argparse.Namespace) -> None:
     """``sparsert inspect``: what is in a checkpoint and what of it would run sparse."""
     from sparsert.checkpoint import inspect_checkpoint, open_checkpoint, resolve_checkpoint
     from sparsert.models import DecoderConfig
 
-    checkpoint = open_checkpoint(resolve_checkpoint(arguments.path))
+    path = resolve_checkpoint(arguments.path)
+    if path.is_file():
+        from sparsert.checkpoint.describe import describe_file
+
+        description = describe_file(path)
+        print(json.dumps(description) if arguments.json else f"{path}: {description['summary']}")
+        return
+    checkpoint = open_checkpoint(path)
     report = inspect_checkpoint(checkpoint, architecture_check=DecoderConfig.from_hf, progress=True)
     print(json.dumps(report.to_dict()) if arguments.json else report.to_text())
 

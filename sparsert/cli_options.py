@@ -80,7 +80,9 @@ examples:
   sparsert inspect RedHatAI/Sparse-Llama-3.1-8B-2of4 --json
 
 Columns: the share of zeros, how many groups of four inputs hold more than two values ("bad groups":
-0 means 2:4), the pattern, whether the weight would run sparse, and its size now and on the device.
+0 means 2:4), the pattern, whether the weight would run sparse, and its size now and on the device. Below
+stands the format, and why weights would run dense. A mask file, an order of blocks or a lone weight file
+is told for what it is.
 """
 
 
@@ -218,7 +220,7 @@ def _add_convert(commands: Any, run: Command) -> None:
 
 def _add_inspect(commands: Any, run: Command) -> None:
     command = _add_command(commands, "inspect", run, "show what in a checkpoint is 2:4", _INSPECT_EXAMPLES)
-    command.add_argument("path", metavar="PATH", help="model directory or hub id")
+    command.add_argument("path", metavar="PATH", help="model directory or hub id, or a mask or order file")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 

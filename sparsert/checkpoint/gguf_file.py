@@ -80,7 +80,7 @@ def convert_gguf(gguf: Path, output: Path, *, progress: bool = False) -> None:
 
     Args:
         gguf: a Llama or Gemma 3 model (its text part) with its tokenizer.
-        output: directory to create.
+        output: directory to create; an empty one may exist.
         progress: show a bar on standard error if that is a terminal.
 
     Raises:
@@ -104,7 +104,7 @@ def convert_gguf(gguf: Path, output: Path, *, progress: bool = False) -> None:
         raise UnsupportedError(f"{gguf}: architecture {architecture!r}; only {known} can be converted from GGUF")
     stored = _FORMATS[architecture]
 
-    output.mkdir()
+    output.mkdir(exist_ok=True)
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.model_max_length = config.max_position_embeddings
