@@ -48,8 +48,8 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
         CheckpointError: no JSON object, a key that stands twice, or nested too deep.
     """
     try:
-        parsed = json.loads(content.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except _DuplicateKeyError as error:
+        parsed = json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
+    except DuplicateKeyError as error:
         raise CheckpointError(f"{where}: the key {error.args[0]!r} stands twice; fetch the file again") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: is no JSON ({error}); fetch the file again") from error
@@ -58,13 +58,14 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
     return parsed
 
 
-class _DuplicateKeyError(Exception):
+class DuplicateKeyError(Exception):
     """A key stands twice in one object."""
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json.loads(object_pairs_hook=...)``: a dictionary, or :class:`DuplicateKeyError`."""
     content = dict(pairs)
     if len(content) < len(pairs):
         seen: set[str] = set()
-        raise _DuplicateKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+        raise DuplicateKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
     return content

@@ -33,6 +33,9 @@ from sparsert.errors import CheckpointError, InputError
 _SUFFIX = ".mask"
 _MEMBER_SUFFIX = _SUFFIX + ".npy"
 
+#: More arrays than the linear layers of any model.
+_MAX_MEMBERS = 100_000
+
 #: What a damaged zip or array raises while it is read: zipfile and numpy pass on the errors of their parts.
 _DAMAGE = (
     zipfile.BadZipFile,
@@ -41,7 +44,11 @@ _DAMAGE = (
     struct.error,
     tokenize.TokenError,
     EOFError,
-    KeyError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
     OSError,
     RuntimeError,  # an "encrypted" flag; also NotImplementedError, an unknown compression
     SyntaxError,
@@ -164,7 +171,12 @@ def read_maskllm(path: str | Path) -> MaskFile:
             "fetch the file again"
         ) from error
     with archive:
-        for member in archive.namelist():
+        members = archive.namelist()
+        if len(members) > _MAX_MEMBERS or len(set(members)) < len(members):
+            raise CheckpointError(
+                f"{file}: holds {len(members)} arrays, or one of them twice; this is no mask file, or it is damaged"
+            )
+        for member in members:
             if not member.endswith(".weight" + _MEMBER_SUFFIX):
                 raise CheckpointError(
                     f"{file}: key {member.removesuffix('.npy')!r} is none of the form '<parameter>.weight.mask'; "
@@ -175,6 +187,11 @@ def read_maskllm(path: str | Path) -> MaskFile:
                 raise CheckpointError(
                     f"{file}: key {member.removesuffix('.npy')!r} holds {dtype} of shape {list(shape)}, need flat "
                     "uint8 with eight mask positions a byte; pack the mask with numpy.packbits"
+                )
+            if shape[0] > archive.getinfo(member).file_size:
+                raise CheckpointError(
+                    f"{file}: key {member.removesuffix('.npy')!r} claims {shape[0]} bytes in a member of "
+                    f"{archive.getinfo(member).file_size}; the file is damaged, fetch it again"
                 )
             lengths[member.removesuffix(_MEMBER_SUFFIX)] = shape[0]
     if not lengths:

@@ -164,5 +164,5 @@ def read_order_file(path: str | Path) -> list[int]:
     for part in lines[0].strip().rstrip(",").split(","):
         if not re.fullmatch(r"[0-9]{1,6}", part.strip()):
             raise InputError(f"block order {path}: {part.strip()[:40]!r} is no block number; write it like 24,26,25,10")
-        order.append(int(part))
+        order.append(int(part.strip()))
     return order
