@@ -37,7 +37,7 @@ _MEMBER_SUFFIX = _SUFFIX + ".npy"
 _MAX_MEMBERS = 100_000
 
 #: What a damaged zip or array raises while it is read: zipfile and numpy pass on the errors of their parts.
-_DAMAGE = (
+DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
     lzma.LZMAError,
@@ -134,7 +134,7 @@ class MaskFile:
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(name + _MEMBER_SUFFIX) as stream:
                 packed = np.lib.format.read_array(stream, allow_pickle=False)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise _damaged(self.path, name + _SUFFIX, error) from error
         count = int(np.prod(shape, dtype=np.int64))
         bits = np.unpackbits(packed, count=count)
@@ -165,7 +165,7 @@ def read_maskllm(path: str | Path) -> MaskFile:
     lengths: dict[str, int] = {}
     try:
         archive = zipfile.ZipFile(file)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise CheckpointError(
             f"{file}: truncated or no npz file ({error}); masks are read from MaskLLM's mask_compressed.npz, "
             "fetch the file again"
@@ -207,7 +207,7 @@ def _read_array_header(file: Path, archive: zipfile.ZipFile, member: str) -> tup
                 shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
             else:
                 shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise _damaged(file, member.removesuffix(".npy"), error) from error
     return shape, dtype
 

@@ -19,6 +19,7 @@ exception, as it is decoded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,21 +86,64 @@ def pruning_record(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return provenance if isinstance(provenance, Mapping) and provenance else None
 
 
-def check_format(config: Mapping[str, Any], directory: Path) -> None:
-    """Refuse a checkpoint of our format that is newer than this reader.
+def check_config(config: Mapping[str, Any], directory: Path) -> None:
+    """Check the kinds of what is read from a configuration here, and refuse our format if it is newer than this reader.
 
     Raises:
-        CheckpointError: its version is no number, or higher than :data:`FORMAT_VERSION`.
+        CheckpointError: a value is of another kind, a rule cannot be read, or the version of our format is no number or
+            higher than :data:`FORMAT_VERSION`.
     """
+    where = directory / "config.json"
     quantization = quantization_of(config)
+    sparsity = [
+        holder["sparsity_config"]
+        for holder in (config, config.get("quantization_config"), config.get("compression_config"))
+        if isinstance(holder, Mapping) and isinstance(holder.get("sparsity_config"), Mapping)
+    ]
+    lists = [("architectures", config.get("architectures")), ("layer_types", config.get("layer_types"))]
+    lists += [("ignore", holder.get("ignore")) for holder in (quantization, *sparsity)]
+    lists += [("dense_linears", (pruning_record(config) or {}).get("dense_linears"))]
+    for key, value in lists:
+        if value is not None and not (isinstance(value, list) and all(isinstance(entry, str) for entry in value)):
+            raise CheckpointError(
+                f"{where}: {key} is {str(value)[:80]!r}; it must be a list of names, fetch the file again"
+            )
+    for holder in sparsity:
+        for rule in holder.get("ignore") or ():
+            if rule.startswith("re:") and not _readable(rule[3:]):
+                raise CheckpointError(
+                    f"{where}: the ignore rule {rule[:80]!r} is no simple pattern of names; write the names out"
+                )
     if quantization.get("quant_method") != QUANT_METHOD:
         return
     version = quantization.get("version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION or quantization.get("format") != BITMASK_24:
         raise CheckpointError(
-            f"{directory / 'config.json'}: is of sparsert format {quantization.get('format')!r}, version {version!r}; "
+            f"{where}: is of sparsert format {quantization.get('format')!r}, version {version!r}; "
             f"this sparsert reads {BITMASK_24}, version {FORMAT_VERSION}: update sparsert, or fetch the file again"
         )
+
+
+#: Names, dots, alternatives and wildcards: a pattern of a stranger must not keep the regular expressions busy for ever.
+_PATTERN = re.compile(r"\^?(?:\.\*|\\\.|\\d\+|\((?:[\w.|-])*\)|[\w.-])*\$?", re.ASCII)
+_MOST_WILDCARDS, _LONGEST_PATTERN = 4, 200
+
+
+def _readable(pattern: str) -> bool:
+    wildcards = pattern.count(".*") + pattern.count("\\d+")
+    return len(pattern) <= _LONGEST_PATTERN and wildcards <= _MOST_WILDCARDS and bool(_PATTERN.fullmatch(pattern))
+
+
+def ignores(rule: str, module: str) -> bool:
+    """Whether an ignore rule of compressed-tensors covers a module: its name, or ``re:`` and a pattern.
+
+    Example:
+        >>> ignores("re:.*lm_head", "model.lm_head"), ignores("lm_head", "model.lm_head")
+        (True, False)
+    """
+    if rule.startswith("re:"):
+        return re.match(rule[3:], module) is not None
+    return rule == module
 
 
 def unsupported_quantization(config: Mapping[str, Any]) -> str | None:

@@ -11,13 +11,14 @@ Source: MaskLLM (arXiv 2409.17481); format re-implemented.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sparsert.checkpoint.masks import MaskFile
+from sparsert.checkpoint.masks import DAMAGE, MaskFile
 from sparsert.checkpoint.pickle_file import load_pickled_tensors
 from sparsert.errors import CheckpointError
 
@@ -77,12 +78,10 @@ class RawMaskFile(MaskFile):
 
 def is_pickle(path: Path) -> bool:
     """Whether a file is one of ``torch.save`` rather than an npz, by its ending or by what its archive holds."""
-    import zipfile
-
     if path.suffix in (".pt", ".pth", ".bin"):
         return True
     try:
         with zipfile.ZipFile(path) as archive:
             return any(member.endswith("/data.pkl") for member in archive.namelist())
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except DAMAGE:
         return False

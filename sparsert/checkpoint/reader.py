@@ -26,7 +26,7 @@ from torch import Tensor
 from sparsert.checkpoint.json_file import read_json
 from sparsert.checkpoint.paths import check_inside
 from sparsert.checkpoint.pickle_file import load_pickled_tensors
-from sparsert.checkpoint.quantization import check_format, pruning_record
+from sparsert.checkpoint.quantization import check_config, ignores, pruning_record
 from sparsert.checkpoint.safetensors_file import TensorInfo, read_header
 from sparsert.checkpoint.stored import BITMASK_24, StoredTensor, checked_shape, expand, file_of, find_tensors
 from sparsert.errors import CheckpointError, InputError, SparsityError
@@ -154,7 +154,7 @@ class Checkpoint:
             sparsity = holder.get("sparsity_config") if isinstance(holder, dict) else None
             if isinstance(sparsity, dict) and sparsity.get("sparsity_structure") == "2:4":
                 module = name.removesuffix(".weight")
-                return not any(_ignores(str(rule), module) for rule in sparsity.get("ignore") or ())
+                return not any(ignores(rule, module) for rule in sparsity.get("ignore") or ())
         return False
 
     def read(self, name: str) -> Tensor:
@@ -245,13 +245,6 @@ def rename_block(name: str, block: int) -> str:
     return _BLOCK_NAME.sub(lambda match: f"{match.group(1)}{block}{match.group(3)}", name)
 
 
-def _ignores(rule: str, module: str) -> bool:
-    """Whether a compressed-tensors ignore rule (a module name, or ``re:`` and a pattern) covers ``module``."""
-    if rule.startswith("re:"):
-        return re.match(rule[3:], module) is not None
-    return rule == module
-
-
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a model directory and check that it is whole, without reading tensors.
 
@@ -276,7 +269,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{directory}: is a file; give the model directory that holds config.json")
     check_inside(directory, directory / "config.json")
     config = read_json(directory / "config.json")
-    check_format(config, directory)
+    check_config(config, directory)
     weight_file = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
     if weight_file is None:
         found = sorted(entry.name for entry in directory.iterdir())[:8]

@@ -190,3 +190,31 @@ def test_nan_in_a_packed_checkpoint(make_directory: Make, tmp_path: Path) -> Non
     directory = make_directory(tensors, tiny_config())
     with pytest.raises(CheckpointError, match=r"1 of 960 values of 'model.layers.0.mlp.up_proj.weight' are NaN"):
         convert_checkpoint(open_checkpoint(directory), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": 3}, "architectures is '3'; it must be a list of names"),
+        ({"architectures": ["A", None]}, "architectures is .* must be a list of names"),
+        ({"layer_types": "full"}, "layer_types is 'full'; it must be a list"),
+        ({"sparsert": {"dense_linears": 7}}, "dense_linears is '7'"),
+        ({"quantization_config": {"ignore": {}}}, "ignore is '{}'"),
+        ({"sparsity_config": {"ignore": [1]}}, "ignore is .* must be a list of names"),
+        ({"sparsity_config": {"ignore": ["re:(a+)+$"]}}, r"the ignore rule 're:\(a\+\)\+\$' is no simple pattern"),
+        ({"quantization_config": {"sparsity_config": {"ignore": ["re:" + ".*x" * 5]}}}, "is no simple pattern"),
+        ({"compression_config": {"sparsity_config": {"ignore": ["re:["]}}}, "is no simple pattern"),
+    ],
+)
+def test_values_of_another_kind_in_config(make_directory: Make, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"config\.json: {message}"):
+        open_checkpoint(make_directory(config=tiny_config(**changes)))
+
+
+def test_ignore_rules(make_directory: Make) -> None:
+    rules = ["re:.*layers.2.mlp.*", r"re:^model\.layers\.\d+\.self_attn.(q|k)_proj$", "model.layers.5.mlp.up_proj"]
+    sparsity = {"sparsity_structure": "2:4", "ignore": rules}
+    checkpoint = open_checkpoint(make_directory(config=tiny_config(sparsity_config=sparsity)))
+    claimed = [name for name in checkpoint.names if checkpoint.claims_two_of_four(name)]
+    assert len(claimed) == 2 * 8 - 2 - 1
+    assert not any(".2.mlp" in name or "q_proj" in name for name in claimed)
