@@ -202,8 +202,8 @@ def test_nan_in_a_packed_checkpoint(make_directory: Make, tmp_path: Path) -> Non
         ({"quantization_config": {"ignore": {}}}, "ignore is '{}'"),
         ({"sparsity_config": {"ignore": [1]}}, "ignore is .* must be a list of names"),
         ({"sparsity_config": {"ignore": ["re:(a+)+$"]}}, r"the ignore rule 're:\(a\+\)\+\$' is no simple pattern"),
-        ({"quantization_config": {"sparsity_config": {"ignore": ["re:" + ".*x" * 5]}}}, "is no simple pattern"),
-        ({"compression_config": {"sparsity_config": {"ignore": ["re:["]}}}, "is no simple pattern"),
+        ({"quantization_config": {"sparsity_config": {"ignore": ["re:" + ".*x" * 5]}}}, ".* is no simple pattern"),
+        ({"compression_config": {"sparsity_config": {"ignore": ["re:["]}}}, ".* is no simple pattern"),
     ],
 )
 def test_values_of_another_kind_in_config(make_directory: Make, changes: dict[str, object], message: str) -> None:
