@@ -130,14 +130,14 @@ def bitmask_from_dense(weight: Tensor, name: str = "weight") -> dict[str, Tensor
     bits = weight.view(_INTEGERS[weight.element_size()])
     compressed = bits.new_empty(rows, columns // 2)
     bitmask = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8, device=weight.device)
+    without_sign = 2 ** (8 * weight.element_size() - 1) - 1
     masks = torch.tensor(MASK_OF_NIBBLE, dtype=torch.uint8, device=weight.device)
     try:
         for part in _slices(rows, columns):
-            kept = comparable(weight[part]) != 0
-            nibbles = mask_to_nibbles(kept, name)
+            nibbles = mask_to_nibbles(bits[part] & without_sign, name)
             index = torch.stack([nibbles & 3, nibbles >> 2], dim=-1).long()
-            groups = torch.where(kept, bits[part], torch.zeros((), dtype=bits.dtype, device=bits.device))
-            compressed[part] = groups.view(len(kept), -1, 4).gather(-1, index).flatten(1)
+            values = bits[part].unflatten(1, (-1, 4)).gather(-1, index).flatten(1)
+            compressed[part] = values * ((values & without_sign) != 0)  # a spare slot that held -0.0 holds +0
             two_masks = masks[nibbles.int()]
             bitmask[part] = two_masks[:, ::2]
             bitmask[part][:, : columns // 8] |= two_masks[:, 1::2] << 4
