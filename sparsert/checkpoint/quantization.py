@@ -112,7 +112,8 @@ def check_config(config: Mapping[str, Any], directory: Path) -> None:
         for rule in holder.get("ignore") or ():
             if rule.startswith("re:") and not _readable(rule[3:]):
                 raise CheckpointError(
-                    f"{where}: the ignore rule {rule[:80]!r} is no simple pattern of names; write the names out"
+                    f"{where}: sparsity_config ignores {rule[:80]!r}, which is no regular expression of names, dots, "
+                    "wildcards and alternatives; mend it, or write the names out"
                 )
     if quantization.get("quant_method") != QUANT_METHOD:
         return

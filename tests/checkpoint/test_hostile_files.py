@@ -201,9 +201,18 @@ def test_nan_in_a_packed_checkpoint(make_directory: Make, tmp_path: Path) -> Non
         ({"sparsert": {"dense_linears": 7}}, "dense_linears is '7'"),
         ({"quantization_config": {"ignore": {}}}, "ignore is '{}'"),
         ({"sparsity_config": {"ignore": [1]}}, "ignore is .* must be a list of names"),
-        ({"sparsity_config": {"ignore": ["re:(a+)+$"]}}, r"the ignore rule 're:\(a\+\)\+\$' is no simple pattern"),
-        ({"quantization_config": {"sparsity_config": {"ignore": ["re:" + ".*x" * 5]}}}, ".* is no simple pattern"),
-        ({"compression_config": {"sparsity_config": {"ignore": ["re:["]}}}, ".* is no simple pattern"),
+        (
+            {"sparsity_config": {"ignore": ["re:(a+)+$"]}},
+            r".* ignores 're:\(a\+\)\+\$', which is no regular expression of names",
+        ),
+        (
+            {"quantization_config": {"sparsity_config": {"ignore": ["re:" + ".*x" * 5]}}},
+            ".* which is no regular expression of names",
+        ),
+        (
+            {"compression_config": {"sparsity_config": {"ignore": ["re:["]}}},
+            ".* which is no regular expression of names",
+        ),
     ],
 )
 def test_values_of_another_kind_in_config(make_directory: Make, changes: dict[str, object], message: str) -> None:
