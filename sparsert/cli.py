@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsert.cli_bench import add_bench
+from sparsert.cli_convert import convert, mask_method
 from sparsert.cli_options import build_parser
 from sparsert.errors import InputError, SparsertError, UnsupportedError
 
@@ -58,7 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         with _short_warnings():
-            commands = {"generate": generate, "eval": evaluate, "prune": prune, "inspect": inspect, "env": env}
+            commands = {
+                "generate": generate,
+                "eval": evaluate,
+                "prune": prune,
+                "convert": convert,
+                "inspect": inspect,
+                "env": env,
+            }
             arguments = build_parser(commands, add_bench).parse_args(argv)
             code = arguments.run(arguments)
         sys.stdout.flush()
@@ -221,8 +229,7 @@ def prune(arguments: argparse.Namespace) -> None:
     """``sparsert prune``: write an ordinary checkpoint with zeros."""
     blocks = _parse_block_options(arguments)
     from sparsert.checkpoint import open_checkpoint, prune_checkpoint, resolve_checkpoint
-    from sparsert.checkpoint.writer import check_output
-    from sparsert.compress import magnitude_mask
+    from sparsert.checkpoint.work import check_output
     from sparsert.models import DecoderConfig
 
     output = Path(arguments.output).expanduser()
@@ -231,14 +238,17 @@ def prune(arguments: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(directory)
     DecoderConfig.from_hf(checkpoint.config)  # refuses what could not be run afterwards
     plan = blocks.plan(checkpoint.num_blocks, force=arguments.force_remove)
+    method, mask_maker, keep_dense = mask_method(arguments, checkpoint)
     summary = prune_checkpoint(
         checkpoint,
         output,
-        method=arguments.method,
-        mask_maker=None if arguments.method == "none" else lambda name, weight: magnitude_mask(weight, name=name),
+        method=method,
+        mask_maker=mask_maker,
         # a path of this machine means nothing to the next reader, its last part may
         base_model=directory.resolve().name if Path(arguments.model).expanduser().exists() else arguments.model,
         plan=plan,
+        target=arguments.to,
+        keep_dense=keep_dense,
         progress=True,
     )
     if arguments.json:
@@ -250,8 +260,8 @@ def prune(arguments: argparse.Namespace) -> None:
     )
     if summary.dense_linears:
         _say(
-            f"note: {len(summary.dense_linears)} linear weights stay dense because their input width is no multiple "
-            f"of 4, the first {summary.dense_linears[0]}"
+            f"note: {len(summary.dense_linears)} linear weights stay dense because there is no mask for them or their "
+            f"input width is no multiple of 4, the first {summary.dense_linears[0]}"
         )
 
 
@@ -260,7 +270,14 @@ def inspect(arguments: argparse.Namespace) -> None:
     from sparsert.checkpoint import inspect_checkpoint, open_checkpoint, resolve_checkpoint
     from sparsert.models import DecoderConfig
 
-    checkpoint = open_checkpoint(resolve_checkpoint(arguments.path))
+    path = resolve_checkpoint(arguments.path)
+    if path.is_file():
+        from sparsert.checkpoint.describe import describe_file
+
+        description = describe_file(path)
+        print(json.dumps(description) if arguments.json else f"{path}: {description['summary']}")
+        return
+    checkpoint = open_checkpoint(path)
     report = inspect_checkpoint(checkpoint, architecture_check=DecoderConfig.from_hf, progress=True)
     print(json.dumps(report.to_dict()) if arguments.json else report.to_text())
 

@@ -33,6 +33,7 @@ examples:
   sparsert generate --model DIR --prompt "Hello" --chat  run your own checkpoint as a chat model
   sparsert eval --model DIR --text wikitext2-test.txt    measure its perplexity
   sparsert prune --model DIR --output PRUNED             write a 2:4 checkpoint
+  sparsert convert PRUNED PACKED                         store 2:4 weights packed, at 9/16 of the bytes
   sparsert inspect PRUNED                                see which layers would run sparse
   sparsert bench kernels                                 measure layers against cuBLAS and torch.sparse
   sparsert env                                           see what this machine can use
@@ -69,11 +70,22 @@ _PRUNE_EXAMPLES = """\
 examples:
   sparsert prune --model HuggingFaceTB/SmolLM2-135M-Instruct --output smollm2-2of4
   sparsert prune --model DIR --remove-blocks 21-25,27 --output PRUNED
+  sparsert prune --model DIR --masks mask_compressed.npz --to sparsert --output PACKED
   sparsert prune --model DIR --method none --remove-blocks 21-25,27 --output SHORTER
 
-The result is an ordinary Hugging Face checkpoint: zeros where values were pruned, the remaining
-blocks numbered anew. What was done stands in its config.json under "sparsert". Magnitude masks need
-no data and cost quality; small models lose nearly all of it.
+The result is an ordinary Hugging Face checkpoint: zeros where values were pruned (or packed, with
+--to sparsert), the remaining blocks numbered anew. What was done stands in its config.json. Magnitude
+masks need no data and cost quality; small models lose nearly all of it.
+"""
+
+_CONVERT_EXAMPLES = """\
+examples:
+  sparsert convert PRUNED PACKED                       2:4 linears packed: 9/16 of their bytes, loads sooner
+  sparsert convert PACKED PLAIN --to dense             back: zeros and all, for every other loader
+  sparsert convert DIR OUT --to safetensors            .bin files as safetensors
+
+Reads every format that `sparsert inspect` knows (docs/formats.md). What is written is read back and compared; an
+interrupted conversion goes on where it stopped when it is run again.
 """
 
 _INSPECT_EXAMPLES = """\
@@ -82,7 +94,9 @@ examples:
   sparsert inspect RedHatAI/Sparse-Llama-3.1-8B-2of4 --json
 
 Columns: the share of zeros, how many groups of four inputs hold more than two values ("bad groups":
-0 means 2:4), the pattern, whether the weight would run sparse, and its size now and on the device.
+0 means 2:4), the pattern, whether the weight would run sparse, and its size now and on the device. Below
+stands the format, and why weights would run dense. A mask file, an order of blocks or a lone weight file
+is told for what it is.
 """
 
 
@@ -108,6 +122,7 @@ def build_parser(run: Mapping[str, Command], add_more: Callable[[Any], None] | N
     _add_generate(commands, run["generate"])
     _add_eval(commands, run["eval"])
     _add_prune(commands, run["prune"])
+    _add_convert(commands, run["convert"])
     _add_inspect(commands, run["inspect"])
     if add_more is not None:
         add_more(commands)
@@ -230,16 +245,34 @@ def _add_prune(commands: Any, run: Command) -> None:
     command.add_argument(
         "--method",
         choices=("magnitude", "none"),
-        default="magnitude",
         help="how masks are made; none only removes blocks (default: magnitude)",
     )
+    command.add_argument("--masks", metavar="FILE", help="take the masks of a mask_compressed.npz or raw .pt instead")
     _add_block_options(command)
+    command.add_argument(
+        "--to",
+        choices=("dense", "sparsert", "sparse-24-bitmask"),
+        help="how to store 2:4 weights: with zeros, or packed (default: dense, or packed if the model is)",
+    )
+    command.add_argument("--json", action="store_true", help="print what was done as one JSON object")
+
+
+def _add_convert(commands: Any, run: Command) -> None:
+    command = _add_command(commands, "convert", run, "write a checkpoint in another format", _CONVERT_EXAMPLES)
+    command.add_argument("input", metavar="IN", help="model directory or hub id")
+    command.add_argument("output", metavar="OUT", help="directory to create; must be new or empty")
+    command.add_argument(
+        "--to",
+        choices=("sparsert", "dense", "sparse-24-bitmask", "safetensors"),
+        default="sparsert",
+        help="format to write; safetensors leaves packed what is packed (default: sparsert)",
+    )
     command.add_argument("--json", action="store_true", help="print what was done as one JSON object")
 
 
 def _add_inspect(commands: Any, run: Command) -> None:
     command = _add_command(commands, "inspect", run, "show what in a checkpoint is 2:4", _INSPECT_EXAMPLES)
-    command.add_argument("path", metavar="PATH", help="model directory or hub id")
+    command.add_argument("path", metavar="PATH", help="model directory or hub id, or a mask or order file")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 

@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "environment": {"ops"},
     "cli_options": {"errors"},
     "cli_bench": {"bench", "cli_options"},
+    "cli_convert": {"errors", "checkpoint", "compress"},
     "cli": {
         "errors",
         "checkpoint",
@@ -51,6 +52,7 @@ ALLOWED: dict[str, set[str]] = {
         "environment",
         "cli_options",
         "cli_bench",
+        "cli_convert",
     },
     "__main__": {"cli"},
     "__init__": {"integrations"},

@@ -1,21 +1,26 @@
 """Files <-> tensors: model directories, hub ids, mask files, the writer, and what `sparsert inspect` shows."""
 
+from sparsert.checkpoint.convert import ConvertSummary, convert_checkpoint
 from sparsert.checkpoint.default_model import DEFAULT_MODEL, fetch_default_model
 from sparsert.checkpoint.hub import resolve_checkpoint
 from sparsert.checkpoint.inspect import CheckpointReport, TensorReport, inspect_checkpoint
 from sparsert.checkpoint.masks import MaskFile, read_maskllm, write_maskllm
 from sparsert.checkpoint.prune import PruneSummary, prune_checkpoint
 from sparsert.checkpoint.reader import Checkpoint, block_of, open_checkpoint, rename_block
-from sparsert.checkpoint.writer import pruned_config, write_checkpoint
+from sparsert.checkpoint.writer import TARGETS, Form, pruned_config, write_checkpoint
 
 __all__ = [
     "DEFAULT_MODEL",
+    "TARGETS",
     "Checkpoint",
     "CheckpointReport",
+    "ConvertSummary",
+    "Form",
     "MaskFile",
     "PruneSummary",
     "TensorReport",
     "block_of",
+    "convert_checkpoint",
     "fetch_default_model",
     "inspect_checkpoint",
     "open_checkpoint",

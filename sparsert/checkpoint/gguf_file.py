@@ -19,6 +19,7 @@ Source: the GGUF specification; llama.cpp's rotary embedding works on neighbouri
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -27,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsert.checkpoint.gguf_header import check_gguf_header
 from sparsert.checkpoint.safetensors_file import SafetensorsWriter
-from sparsert.errors import CheckpointError, UnsupportedError
+from sparsert.errors import CheckpointError, SparsertError, UnsupportedError
 
 _OUTSIDE_BLOCKS = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -80,17 +82,28 @@ def convert_gguf(gguf: Path, output: Path, *, progress: bool = False) -> None:
 
     Args:
         gguf: a Llama or Gemma 3 model (its text part) with its tokenizer.
-        output: directory to create.
+        output: directory to create; an empty one may exist.
         progress: show a bar on standard error if that is a terminal.
 
     Raises:
         UnsupportedError: another architecture, or a tensor that it does not have.
         CheckpointError: the package ``gguf`` is missing, or the file is damaged.
     """
+    if importlib.util.find_spec("gguf") is None:
+        raise CheckpointError("reading a GGUF file needs the package `gguf`; run `pip install gguf`")
+    check_gguf_header(gguf)
     try:
-        from gguf import GGUFReader, dequantize
-    except ImportError as error:
-        raise CheckpointError("reading a GGUF file needs the package `gguf`; run `pip install gguf`") from error
+        _convert(gguf, output, progress)
+    except SparsertError:
+        raise
+    # numpy, gguf, tokenizers and transformers meet a damaged value where they happen to use it, with any error
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{gguf}: is damaged or cannot be converted ({reason}); fetch it again") from error
+
+
+def _convert(gguf: Path, output: Path, progress: bool) -> None:
+    from gguf import GGUFReader, dequantize
     from tqdm import tqdm
     from transformers import AutoConfig, AutoTokenizer
 
@@ -106,7 +119,7 @@ def convert_gguf(gguf: Path, output: Path, *, progress: bool = False) -> None:
         )
     stored = _FORMATS[architecture]
 
-    output.mkdir()
+    output.mkdir(exist_ok=True)
     config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.model_max_length = config.max_position_embeddings

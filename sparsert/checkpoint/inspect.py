@@ -9,19 +9,31 @@ A weight is classed by the fullest of its groups of four inputs:
 
 The threshold between "other" and "dense" is for the reader of the table alone: both run dense.
 Trained weights hold practically no exact zeros, weights that went through 4-bit integers up to some
-15 %, pruned ones 30 % and more. Tensors are read one at a time and counted in slices, so a report
-on a model of any size needs little memory; it does need the time to read all weights once.
+15 %, pruned ones 30 % and more. A weight of the third kind is also looked at across its inputs: one
+that is 2:4 there was transposed when it was pruned, and no reader could tell that from its shape.
+
+Tensors are read one at a time and counted in slices, so a report on a model of any size needs little
+memory; it does need the time to read all weights once.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from sparsert.checkpoint.quantization import (
+    QUANT_METHOD,
+    pruning_record,
+    quantization_of,
+    unsupported_quantization,
+)
 from sparsert.checkpoint.reader import Checkpoint
+from sparsert.checkpoint.stored import BITMASK_24, DENSE
 from sparsert.checkpoint.writer import stored_plan
 from sparsert.errors import SparsertError
 from sparsert.formats.groups import comparable, count_groups
@@ -30,6 +42,9 @@ from sparsert.schedule import LayerPlan
 
 #: Share of zeros from which a weight that is not 2:4 counts as pruned some other way.
 OTHER_ZERO_SHARE = 0.25
+
+#: Reasons for running dense that the text names, each with its first weight.
+_REASONS_SHOWN = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +59,9 @@ class TensorReport:
         bad_groups: groups of four inputs with three or four values; None where groups make no sense.
         pattern: ``2:4``, ``1:4``, ``other``, ``dense``, or ``-`` for what is no matrix of groups of four.
         runs_sparse: a block linear that would be packed at load.
+        dense_reason: why a linear of a block would not; None if it would, or is none.
         claimed: the checkpoint says of this weight that it is 2:4.
+        storage: how it is stored: ``dense``, ``sparse-24-bitmask``, ``marlin-24``, ...
         nbytes: bytes as stored.
         packed_bytes: bytes on the device: packed if it runs sparse, else as stored.
     """
@@ -56,7 +73,9 @@ class TensorReport:
     bad_groups: int | None
     pattern: str
     runs_sparse: bool
+    dense_reason: str | None
     claimed: bool
+    storage: str
     nbytes: int
     packed_bytes: int
 
@@ -67,6 +86,7 @@ class CheckpointReport:
 
     Attributes:
         directory: where it is.
+        format: one line: files, how weights are stored, how they are quantized.
         architecture: first entry of ``architectures``, else ``model_type``.
         supported: whether sparsert can run it; None if nobody was asked.
         unsupported_reason: why not.
@@ -77,6 +97,7 @@ class CheckpointReport:
     """
 
     directory: str
+    format: str
     architecture: str
     supported: bool | None
     unsupported_reason: str | None
@@ -94,6 +115,9 @@ class CheckpointReport:
             "sparse_linears": sum(tensor.runs_sparse for tensor in self.tensors),
             "sparse_linear_bytes": sum(tensor.nbytes for tensor in self.tensors if tensor.runs_sparse),
             "sparse_linear_packed_bytes": sum(tensor.packed_bytes for tensor in self.tensors if tensor.runs_sparse),
+            "dense_linears": {
+                tensor.name: tensor.dense_reason for tensor in self.tensors if tensor.dense_reason is not None
+            },
             "broken_claims": [tensor.name for tensor in self.tensors if tensor.claimed and tensor.bad_groups],
         }
 
@@ -133,12 +157,20 @@ class CheckpointReport:
         lines = [
             f"{self.directory}: {self.architecture}{supported[self.supported]}, {self.num_blocks} blocks, "
             f"{totals['tensors']} tensors",
+            f"format: {self.format}",
             f"{totals['sparse_linears']} linear weights would run sparse: "
             f"{totals['sparse_linear_bytes'] / 1e6:.1f} MB stored, {totals['sparse_linear_packed_bytes'] / 1e6:.1f} MB "
             "packed",
             f"all tensors: {totals['bytes'] / 1e6:.1f} MB stored, {totals['device_bytes'] / 1e6:.1f} MB on the device",
         ]
-        if self.record is not None:
+        reasons = collections.Counter(totals["dense_linears"].values())
+        for reason, count in reasons.most_common(_REASONS_SHOWN):
+            name = next(name for name, given in totals["dense_linears"].items() if given == reason)
+            lines.append(f"{count} linear weights would run dense: {reason} (first {name})")
+        if len(reasons) > _REASONS_SHOWN:
+            more = sum(count for _, count in reasons.most_common()[_REASONS_SHOWN:])
+            lines.append(f"{more} more would run dense for other reasons; --json lists them")
+        if self.record is not None and "kept_blocks" in self.record:
             lines.append(
                 f"pruned by sparsert {self.record.get('version')}: method {self.record.get('method')}, base model "
                 f"{self.record.get('base_model')}, runs {LayerPlan.from_record(self.record)}"
@@ -185,15 +217,16 @@ def inspect_checkpoint(
     for name in tqdm(checkpoint.names, unit="tensor", desc="reading", disable=None if progress else True):
         tensors.append(_inspect_tensor(checkpoint, name, name in block_linears))
     architectures = config.get("architectures") or [config.get("model_type", "unknown")]
-    depth, record = config.get("num_hidden_layers"), config.get("sparsert")
+    depth, record = config.get("num_hidden_layers"), pruning_record(config)
     return CheckpointReport(
         directory=str(checkpoint.directory),
+        format=describe_format(checkpoint),
         architecture=str(architectures[0]),
         supported=supported,
         unsupported_reason=reason,
         num_blocks=depth if isinstance(depth, int) else None,
         plan=stored_plan(config, depth) if isinstance(depth, int) else None,
-        record=record if isinstance(record, dict) else None,
+        record=dict(record) if record is not None else None,
         tensors=tuple(tensors),
     )
 
@@ -213,6 +246,7 @@ def _inspect_tensor(checkpoint: Checkpoint, name: str, block_linear: bool) -> Te
         zero_share = 1.0 - int(torch.count_nonzero(comparable(tensor))) / max(tensor.numel(), 1)
         bad_groups, pattern = None, "-"
     runs_sparse = block_linear and pattern in ("2:4", "1:4") and tensor.dtype in PACKED_DTYPES
+    reason = None if runs_sparse or not block_linear else _dense_reason(tensor, pattern, bad_groups)
     return TensorReport(
         name=name,
         shape=tuple(tensor.shape),
@@ -221,7 +255,45 @@ def _inspect_tensor(checkpoint: Checkpoint, name: str, block_linear: bool) -> Te
         bad_groups=bad_groups,
         pattern=pattern,
         runs_sparse=runs_sparse,
+        dense_reason=reason,
         claimed=checkpoint.claims_two_of_four(name),
+        storage=checkpoint.storage(name),
         nbytes=nbytes,
         packed_bytes=packed_nbytes(tensor.shape[0], tensor.shape[1], tensor.dtype) if runs_sparse else nbytes,
     )
+
+
+def _dense_reason(tensor: Tensor, pattern: str, bad_groups: int | None) -> str:
+    """Why a linear weight of a block would not be packed."""
+    if pattern in ("2:4", "1:4"):
+        return f"{str(tensor.dtype).removeprefix('torch.')} is not packed, only bfloat16, float16 and float32"
+    if bad_groups is None:
+        return "its input width is no multiple of 4"
+    if pattern == "dense":
+        return "it was not pruned"
+    transposed = tensor.shape[0] % 4 == 0 and count_groups(tensor.t().contiguous())[1] == 0
+    if transposed:
+        return "it is 2:4 along its outputs; it has to be along its inputs, so it was transposed when it was pruned"
+    if bad_groups * 100 < tensor.numel() // 4:
+        return "it is 2:4 but for less than 1 % of its groups"
+    return "it was pruned, but not 2:4"
+
+
+def describe_format(checkpoint: Checkpoint) -> str:
+    """One line: which files, how weights are stored in them, and whether values are quantized.
+
+    Example:
+        >>> describe_format(open_checkpoint("PACKED"))  # doctest: +SKIP
+        'sparsert version 1 (sparse-24-bitmask): 210 packed weights; 2 safetensors files'
+    """
+    storages = collections.Counter(map(checkpoint.storage, checkpoint.names))
+    packed = [f"{count} weights as {storage}" for storage, count in storages.items() if storage != DENSE]
+    quantization = quantization_of(checkpoint.config)
+    if quantization.get("quant_method") == QUANT_METHOD:
+        stored = f"sparsert version {quantization.get('version')} ({BITMASK_24}): {storages[BITMASK_24]} packed weights"
+    else:
+        stored = ", ".join(packed) or "dense tensors"
+    kind = "pickle" if checkpoint.files[0].suffix == ".bin" else "safetensors"
+    reason = unsupported_quantization(checkpoint.config)
+    files = f"{len(checkpoint.files)} {kind} file{'s' if len(checkpoint.files) > 1 else ''}"
+    return f"{stored}; {files}" + (f"; {reason}" if reason else "")

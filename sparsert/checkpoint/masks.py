@@ -33,15 +33,22 @@ from sparsert.errors import CheckpointError, InputError
 _SUFFIX = ".mask"
 _MEMBER_SUFFIX = _SUFFIX + ".npy"
 
+#: More arrays than the linear layers of any model.
+_MAX_MEMBERS = 100_000
+
 #: What a damaged zip or array raises while it is read: zipfile and numpy pass on the errors of their parts.
-_DAMAGE = (
+DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
     lzma.LZMAError,
     struct.error,
     tokenize.TokenError,
     EOFError,
-    KeyError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
     OSError,
     RuntimeError,  # an "encrypted" flag; also NotImplementedError, an unknown compression
     SyntaxError,
@@ -82,12 +89,7 @@ class MaskFile:
         Raises:
             CheckpointError: masks for parameters the model lacks, parameters without a mask, or a wrong length.
         """
-        foreign = [name for name in self.names if name not in linears]
-        if foreign:
-            raise CheckpointError(
-                f"{self.path}: {len(foreign)} of {len(self)} masks are for parameters this model does not have, "
-                f"the first {foreign[0]!r}; the masks belong to another model"
-            )
+        self._check_known(linears)
         missing = [name for name in linears if name not in self]
         if missing:
             raise CheckpointError(
@@ -96,6 +98,14 @@ class MaskFile:
             )
         for name, shape in linears.items():
             self._check_length(name, shape)
+
+    def _check_known(self, linears: Mapping[str, tuple[int, ...]]) -> None:
+        foreign = [name for name in self.names if name not in linears]
+        if foreign:
+            raise CheckpointError(
+                f"{self.path}: {len(foreign)} of {len(self)} masks are for parameters this model does not have, "
+                f"the first {foreign[0]!r}; the masks belong to another model"
+            )
 
     def _check_length(self, name: str, shape: tuple[int, ...]) -> None:
         needed = -(-int(np.prod(shape, dtype=np.int64)) // 8)
@@ -124,7 +134,7 @@ class MaskFile:
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(name + _MEMBER_SUFFIX) as stream:
                 packed = np.lib.format.read_array(stream, allow_pickle=False)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise _damaged(self.path, name + _SUFFIX, error) from error
         count = int(np.prod(shape, dtype=np.int64))
         bits = np.unpackbits(packed, count=count)
@@ -134,9 +144,12 @@ class MaskFile:
 def read_maskllm(path: str | Path) -> MaskFile:
     """Open a MaskLLM mask file and check its keys and array headers, without unpacking any mask.
 
+    Args:
+        path: a ``mask_compressed.npz``, or a raw mask file ``.pt`` (``raw_masks.py``).
+
     Raises:
         CheckpointError: no such file, no or damaged npz, a key that is no ``<parameter>.weight.mask``, or
-            an array that is not flat uint8.
+            an array that is not flat uint8; a pickle that holds more than tensors.
 
     Example:
         >>> masks = read_maskllm("mask_compressed.npz")  # doctest: +SKIP
@@ -145,16 +158,25 @@ def read_maskllm(path: str | Path) -> MaskFile:
     file = Path(path).expanduser()
     if not file.is_file():
         raise CheckpointError(f"{file}: no such mask file; give the path of a mask_compressed.npz")
+    from sparsert.checkpoint.raw_masks import RawMaskFile, is_pickle
+
+    if is_pickle(file):
+        return RawMaskFile(file)
     lengths: dict[str, int] = {}
     try:
         archive = zipfile.ZipFile(file)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise CheckpointError(
             f"{file}: truncated or no npz file ({error}); masks are read from MaskLLM's mask_compressed.npz, "
             "fetch the file again"
         ) from error
     with archive:
-        for member in archive.namelist():
+        members = archive.namelist()
+        if len(members) > _MAX_MEMBERS or len(set(members)) < len(members):
+            raise CheckpointError(
+                f"{file}: holds {len(members)} arrays, or one of them twice; this is no mask file, or it is damaged"
+            )
+        for member in members:
             if not member.endswith(".weight" + _MEMBER_SUFFIX):
                 raise CheckpointError(
                     f"{file}: key {member.removesuffix('.npy')!r} is none of the form '<parameter>.weight.mask'; "
@@ -165,6 +187,11 @@ def read_maskllm(path: str | Path) -> MaskFile:
                 raise CheckpointError(
                     f"{file}: key {member.removesuffix('.npy')!r} holds {dtype} of shape {list(shape)}, need flat "
                     "uint8 with eight mask positions a byte; pack the mask with numpy.packbits"
+                )
+            if shape[0] > archive.getinfo(member).file_size:
+                raise CheckpointError(
+                    f"{file}: key {member.removesuffix('.npy')!r} claims {shape[0]} bytes in a member of "
+                    f"{archive.getinfo(member).file_size}; the file is damaged, fetch it again"
                 )
             lengths[member.removesuffix(_MEMBER_SUFFIX)] = shape[0]
     if not lengths:
@@ -180,7 +207,7 @@ def _read_array_header(file: Path, archive: zipfile.ZipFile, member: str) -> tup
                 shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
             else:
                 shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise _damaged(file, member.removesuffix(".npy"), error) from error
     return shape, dtype
 

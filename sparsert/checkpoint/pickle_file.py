@@ -39,7 +39,8 @@ def load_pickled_tensors(file: Path) -> dict[str, Tensor]:
             f"{file}: this pickle asks for {wanted.group(1) if wanted else 'objects'} that hold more than tensors, "
             "and loading them would run code from the file; nothing was run: get the model as safetensors instead"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    # a damaged pickle calls what it may call with arguments of any kind, and fails there with any error
+    except Exception as error:
         raise CheckpointError(f"{file}: truncated or damaged ({first_line(error)}); fetch the file again") from error
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
@@ -48,4 +49,17 @@ def load_pickled_tensors(file: Path) -> dict[str, Tensor]:
             f"{file}: holds {type(content).__name__} with more than named tensors; a checkpoint file is a plain "
             "mapping of parameter names to tensors, save `model.state_dict()`"
         )
+    for name, tensor in content.items():
+        _check_tensor(file, name, tensor)
     return content
+
+
+def _check_tensor(file: Path, name: str, tensor: Tensor) -> None:
+    """Refuse what is a tensor to torch and none to us: sparse, quantized, or more elements than bytes in the file."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    # one value repeated by a stride of 0 can claim any size, and would only be found out when it is copied
+    if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError(
+            f"{file}: tensor {name!r} of shape {list(tensor.shape)} is sparse, quantized or larger than what is stored "
+            "for it; the file is damaged, or save `model.state_dict()` with plain tensors"
+        )

@@ -1,7 +1,8 @@
 """Write a pruned checkpoint: zeros where a mask says so, whole blocks left out.
 
 The result is an ordinary dense checkpoint that every loader of its architecture opens; here its
-zeros are recognised as 2:4 and packed when it is loaded. What was done stands in ``config.json``:
+zeros are recognised as 2:4 and packed when it is loaded. Or it is written packed, see ``writer.py``; the record below
+then is the ``provenance`` in ``quantization_config``. What was done stands in ``config.json``:
 
     "sparsert": {
       "version": "0.1.0",            of sparsert
@@ -24,7 +25,7 @@ claim: a loader that finds a third value in a group then reports an error and do
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,13 @@ import torch
 from torch import Tensor
 
 from sparsert import __version__
+from sparsert.checkpoint.quantization import QUANT_METHOD, pruning_record, quantization_of
 from sparsert.checkpoint.reader import Checkpoint, block_of, rename_block
-from sparsert.checkpoint.writer import SHARD_BYTES, stored_plan, write_checkpoint
+from sparsert.checkpoint.shards import SHARD_BYTES
+from sparsert.checkpoint.stored import BITMASK_24, DENSE
+from sparsert.checkpoint.writer import SPARSERT, Form, stored_plan, write_checkpoint
 from sparsert.errors import CheckpointError
+from sparsert.formats.packed import PACKED_DTYPES
 from sparsert.schedule import LayerPlan
 
 
@@ -49,7 +54,7 @@ class PruneSummary:
         removed_blocks: blocks left out, in the numbering of the source.
         without_attention, without_mlp: blocks of which only this half was left out, likewise.
         masked_linears: how many block linears are now 2:4.
-        dense_linears: block linears (new numbering) whose input width is no multiple of 4.
+        dense_linears: block linears (new numbering) that were left dense: no mask, or a width that is no multiple of 4.
         zero_share: share of zeros in the masked linears, 0-1.
         total_bytes: bytes of all tensors written.
     """
@@ -78,6 +83,8 @@ def prune_checkpoint(
     mask_maker: Callable[[str, Tensor], Tensor] | None,
     base_model: str,
     plan: LayerPlan | None = None,
+    target: str | None = None,
+    keep_dense: Collection[str] = (),
     shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
 ) -> PruneSummary:
@@ -91,6 +98,9 @@ def prune_checkpoint(
             None leaves the weights as they are.
         base_model: name to record; an earlier record in ``source`` wins.
         plan: what to keep, default all; what the source itself skips stays away.
+        target: ``dense``, ``sparsert`` or ``sparse-24-bitmask``, see :class:`~sparsert.checkpoint.writer.Form`; what is
+            masked, or packed in the source, is then written packed. Default: dense, or our format if the source is.
+        keep_dense: block linears that no mask is made for.
         shard_bytes: most bytes of tensors in one file.
         progress: show a bar on standard error if that is a terminal.
 
@@ -112,7 +122,7 @@ def prune_checkpoint(
         nonlocal zeros, positions, masked
         if mask_maker is None or name not in linears:
             return tensor
-        if tensor.shape[1] % 4:
+        if tensor.shape[1] % 4 or name in keep_dense:
             dense.append(rename_block(name, position[block_of(name) or 0]))
             return tensor
         pruned = torch.where(mask_maker(name, tensor), tensor, torch.zeros((), dtype=tensor.dtype))
@@ -121,11 +131,26 @@ def prune_checkpoint(
         masked += 1
         return pruned
 
+    if target is None:
+        ours = quantization_of(source.config).get("quant_method") == QUANT_METHOD
+        target = SPARSERT if ours else DENSE
+    masked_anew = linears - set(keep_dense)
+    packable = [name for name in masked_anew if source.shape(name)[1] % 4 == 0 and source.dtype(name) in PACKED_DTYPES]
+    already = [name for name in source.names if mask_maker is None and source.storage(name) == BITMASK_24]
+    form = Form(target, frozenset() if target == DENSE else frozenset([*packable, *already]))
+
     def record() -> dict[str, Any]:
         return _record(source, plan, method if mask_maker else "none", bool(mask_maker), dense, base_model)
 
     total_bytes = write_checkpoint(
-        source, output, plan=plan, transform=mask, record=record, shard_bytes=shard_bytes, progress=progress
+        source,
+        output,
+        plan=plan,
+        transform=mask,
+        record=record,
+        form=form,
+        shard_bytes=shard_bytes,
+        progress=progress,
     )
     return PruneSummary(
         output=Path(output).expanduser(),
@@ -151,8 +176,8 @@ def base_plan(config: Mapping[str, Any], plan: LayerPlan) -> LayerPlan:
     Raises:
         CheckpointError: the record is damaged, or is not one of ``plan.num_blocks`` kept blocks.
     """
-    record = config.get("sparsert")
-    if not isinstance(record, dict) or "kept_blocks" not in record:
+    record = pruning_record(config)
+    if record is None or "kept_blocks" not in record:
         return plan
     earlier = LayerPlan.from_record(record)
     if len(earlier.kept) != plan.num_blocks:
@@ -172,8 +197,7 @@ def base_plan(config: Mapping[str, Any], plan: LayerPlan) -> LayerPlan:
 def _record(
     source: Checkpoint, plan: LayerPlan, method: str, masked: bool, dense: list[str], base_model: str
 ) -> dict[str, Any]:
-    earlier = source.config.get("sparsert")
-    earlier = earlier if isinstance(earlier, dict) else {}
+    earlier = pruning_record(source.config) or {}
     if not masked and earlier.get("pattern"):
         # the weights pass through as they are, and so does what is said of them
         method, pattern = earlier.get("method", method), earlier["pattern"]

@@ -1,5 +1,8 @@
 """A model directory as named tensors, read one at a time.
 
+A tensor has the name, shape and dtype that the model wants, also where the files hold it in the parts of a
+compressed format (``stored.py``); who can use the parts themselves asks for them.
+
 Opening reads only ``config.json``, the index and the headers, checks them against each other and
 against the file lengths, and so finds a missing or truncated shard before the first byte goes to a
 device. Reading maps the file: a tensor costs host memory only while the caller holds it. What it
@@ -12,7 +15,6 @@ The files looked for, first hit wins: ``model.safetensors``, ``model.safetensors
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,9 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsert.checkpoint.json_file import read_json
+from sparsert.checkpoint.paths import check_inside
 from sparsert.checkpoint.pickle_file import load_pickled_tensors
+from sparsert.checkpoint.quantization import check_config, ignores, pruning_record
 from sparsert.checkpoint.safetensors_file import TensorInfo, read_header
-from sparsert.errors import CheckpointError
+from sparsert.checkpoint.stored import BITMASK_24, StoredTensor, checked_shape, expand, file_of, find_tensors
+from sparsert.errors import CheckpointError, InputError, SparsityError
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -41,25 +47,26 @@ class Checkpoint:
     Attributes:
         directory: the directory.
         config: content of ``config.json``.
-        names: tensor names in file order.
+        names: names of the model's tensors, in file order.
     """
 
     def __init__(self, directory: Path, config: dict[str, Any], infos: dict[str, TensorInfo]) -> None:
         self.directory = directory
         self.config = config
-        self.names: list[str] = list(infos)
         self._infos = infos
         self._open_pickle: tuple[Path, dict[str, Tensor]] | None = None
+        self._tensors: dict[str, StoredTensor] = find_tensors(infos, self._read_stored)
+        self.names: list[str] = list(self._tensors)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._infos
+        return name in self._tensors
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.directory)!r}, {len(self.names)} tensors, {self.total_nbytes} bytes)"
 
-    def _info(self, name: str) -> TensorInfo:
+    def _tensor(self, name: str) -> StoredTensor:
         try:
-            return self._infos[name]
+            return self._tensors[name]
         except KeyError:
             raise CheckpointError(
                 f"{self.directory}: holds no tensor {name!r}; the checkpoint is incomplete or of another architecture, "
@@ -68,23 +75,32 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
-        return self._info(name).shape
+        return self._tensor(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """dtype of a tensor, from the header."""
-        return self._info(name).dtype
+        return self._tensor(name).dtype
+
+    def storage(self, name: str) -> str:
+        """How a tensor is stored, see :class:`~sparsert.checkpoint.stored.StoredTensor`."""
+        return self._tensor(name).storage
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a tensor in its file."""
-        return self._info(name).nbytes
+        """Bytes of a tensor in its files."""
+        return sum(self._infos[part].nbytes for part in self._tensor(name).parts.values())
 
     def file(self, name: str) -> Path:
-        """The file that holds a tensor."""
-        return self._info(name).file
+        """The file that holds a tensor, or its first part."""
+        return file_of(self._tensor(name), self._infos)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors."""
+        return list(dict.fromkeys(info.file for info in self._infos.values()))
 
     @property
     def total_nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors in their files."""
         return sum(info.nbytes for info in self._infos.values())
 
     @property
@@ -111,11 +127,11 @@ class Checkpoint:
         """
         wanted = None if blocks is None else set(blocks)
         linears = []
-        for name, info in self._infos.items():
+        for name, tensor in self._tensors.items():
             block = block_of(name)
             if block is None or (wanted is not None and block not in wanted):
                 continue
-            if name.endswith(".weight") and len(info.shape) == 2:
+            if name.endswith(".weight") and len(tensor.shape) == 2:
                 linears.append(name)
         return linears
 
@@ -123,35 +139,73 @@ class Checkpoint:
         """Whether the checkpoint says of itself that this weight is 2:4.
 
         A claim turns three kept values in a group from "runs dense" into an error. It covers every
-        block linear but the listed exceptions, and is made by the ``sparsert`` record of
-        ``sparsert prune`` (``pattern: "2:4"``, exceptions ``dense_linears``), or by a ``sparsity_config``
-        with ``sparsity_structure: "2:4"`` as compressed-tensors writes it (exceptions ``ignore``).
+        block linear but the listed exceptions, and is made by the record of ``sparsert prune`` (``pattern: "2:4"``,
+        exceptions ``dense_linears``), or by a ``sparsity_config`` with ``sparsity_structure: "2:4"`` as
+        compressed-tensors writes it (exceptions ``ignore``).
         """
         if block_of(name) is None or not name.endswith(".weight") or len(self.shape(name)) != 2:
             return False
-        record = self.config.get("sparsert")
-        if isinstance(record, dict) and record.get("pattern") == "2:4":
-            return name not in record.get("dense_linears", ())
+        if self.storage(name) == BITMASK_24:
+            return True
+        record = pruning_record(self.config)
+        if record is not None and record.get("pattern") == "2:4":
+            return name not in (record.get("dense_linears") or ())
         for holder in (self.config, self.config.get("quantization_config"), self.config.get("compression_config")):
             sparsity = holder.get("sparsity_config") if isinstance(holder, dict) else None
             if isinstance(sparsity, dict) and sparsity.get("sparsity_structure") == "2:4":
                 module = name.removesuffix(".weight")
-                return not any(_ignores(str(rule), module) for rule in sparsity.get("ignore") or ())
+                return not any(ignores(rule, module) for rule in sparsity.get("ignore") or ())
         return False
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor onto the CPU, in the shape and dtype it has on disk.
+        """Read one tensor onto the CPU, in its shape and dtype; a compressed one is expanded, zeros included.
 
         Raises:
-            CheckpointError: no such tensor, or its file cannot be read any more.
+            CheckpointError: no such tensor, its file cannot be read any more, or its parts contradict each other.
         """
-        info = self._info(name)
+        tensor = self._tensor(name)
+        parts = self.read_parts(name)
+        try:
+            return expand(tensor, parts, name)
+        except (InputError, SparsityError) as error:
+            raise CheckpointError(f"{self.file(name)}: {error}") from error
+
+    def read_parts(self, name: str) -> dict[str, Tensor]:
+        """Read the parts of one tensor onto the CPU as its files hold them; a dense tensor has one part, ``""``.
+
+        Raises:
+            CheckpointError: no such tensor, or a file cannot be read any more.
+        """
+        return {part: self._read_stored(stored) for part, stored in self._tensor(name).parts.items()}
+
+    def read_packed(self, name: str) -> tuple[Tensor, Tensor]:
+        """Kept values and bitmask of a weight in ``sparse-24-bitmask``, for ``sparsert.formats.from_bitmask``.
+
+        Returns:
+            ``compressed [rows, columns / 2]`` and ``bitmask`` uint8 ``[rows, ceil(columns / 8)]``.
+
+        Raises:
+            CheckpointError: as :meth:`read`, or the weight is stored in another way.
+        """
+        tensor = self._tensor(name)
+        if tensor.storage != BITMASK_24:
+            raise CheckpointError(f"{self.file(name)}: {name!r} is stored as {tensor.storage}, not as {BITMASK_24}")
+        parts = self.read_parts(name)
+        try:
+            checked_shape(tensor, parts, name)
+        except InputError as error:
+            raise CheckpointError(f"{self.file(name)}: {error}") from error
+        return parts["compressed"], parts["bitmask"]
+
+    def _read_stored(self, stored: str) -> Tensor:
+        """One tensor of the files."""
+        info = self._infos[stored]
         if info.file.suffix == ".safetensors":
-            return self._read_safetensors(info, name)
+            return self._read_safetensors(info, stored)
         # one pickle at a time: the old format has no mapping and would keep every shard in memory
         if self._open_pickle is None or self._open_pickle[0] != info.file:
             self._open_pickle = (info.file, load_pickled_tensors(info.file))
-        return self._open_pickle[1][name]
+        return self._open_pickle[1][stored]
 
     def _read_safetensors(self, info: TensorInfo, name: str) -> Tensor:
         from safetensors import SafetensorError, safe_open
@@ -160,8 +214,13 @@ class Checkpoint:
             # opened anew for each tensor: a mapping that stays would count all pages ever read as ours
             with safe_open(str(info.file), framework="pt", device="cpu") as file:
                 tensor: Tensor = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{info.file}: tensor {name!r} cannot be read ({error}); fetch it again") from error
+        if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+            raise CheckpointError(
+                f"{info.file}: tensor {name!r} is {list(tensor.shape)} {tensor.dtype} and was {list(info.shape)} "
+                f"{info.dtype} when the checkpoint was opened; the file was replaced, open it again"
+            )
         return tensor
 
 
@@ -186,18 +245,6 @@ def rename_block(name: str, block: int) -> str:
     return _BLOCK_NAME.sub(lambda match: f"{match.group(1)}{block}{match.group(3)}", name)
 
 
-def _ignores(rule: str, module: str) -> bool:
-    """Whether a compressed-tensors ignore rule (a module name, or ``re:`` and a pattern) covers ``module``."""
-    if rule.startswith("re:"):
-        try:
-            return re.match(rule[3:], module) is not None
-        except re.error as error:
-            raise CheckpointError(
-                f"config.json: sparsity_config ignores {rule!r}, which is no regular expression ({error}); mend it"
-            ) from error
-    return rule == module
-
-
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a model directory and check that it is whole, without reading tensors.
 
@@ -220,7 +267,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{directory}: no such directory; give a model directory or a hub id like owner/name")
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: is a file; give the model directory that holds config.json")
+    check_inside(directory, directory / "config.json")
     config = read_json(directory / "config.json")
+    check_config(config, directory)
     weight_file = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
     if weight_file is None:
         found = sorted(entry.name for entry in directory.iterdir())[:8]
@@ -228,29 +277,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{directory}: holds none of {', '.join(WEIGHT_FILES)} (found: {', '.join(found)}); "
             "give a directory in Hugging Face format with safetensors or .bin weights"
         )
+    check_inside(directory, weight_file)
     infos = _read_index(weight_file) if weight_file.suffix == ".json" else _read_infos(weight_file)
     if not infos:
         raise CheckpointError(f"{weight_file}: holds no tensors; fetch the checkpoint again")
     return Checkpoint(directory, config, infos)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Content of a JSON object file.
-
-    Raises:
-        CheckpointError: missing, unreadable, or no JSON object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file; give a model directory in Hugging Face format") from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file}: is no JSON ({error}); fetch the file again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds a JSON {type(content).__name__}, need an object; fetch the file again")
-    return content
 
 
 def _read_infos(file: Path) -> dict[str, TensorInfo]:
@@ -263,7 +294,7 @@ def _read_infos(file: Path) -> dict[str, TensorInfo]:
 
 def _read_index(index: Path) -> dict[str, TensorInfo]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) and shard for shard in weight_map.values()):
         raise CheckpointError(f"{index}: has no weight_map from tensor names to files; fetch the file again")
     shards: dict[str, dict[str, TensorInfo]] = {}
     for shard in dict.fromkeys(weight_map.values()):
@@ -275,6 +306,7 @@ def _read_index(index: Path) -> dict[str, TensorInfo]:
                 f"{file}: missing, but {index.name} names it among {len(set(weight_map.values()))} shards; "
                 "fetch the checkpoint again"
             )
+        check_inside(index.parent, file)
         shards[shard] = _read_infos(file)
     for name, shard in weight_map.items():
         if name not in shards[shard]:

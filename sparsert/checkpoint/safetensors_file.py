@@ -28,6 +28,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from sparsert.checkpoint.json_file import DuplicateKeyError, unique_keys
 from sparsert.errors import CheckpointError
 
 DTYPE_OF_CODE: dict[str, torch.dtype] = {
@@ -51,6 +52,9 @@ CODE_OF_DTYPE: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPE_OF
 
 #: The library refuses longer headers; a longer one here is a damaged length field.
 _MAX_HEADER_BYTES = 100_000_000
+
+#: Beyond these a header is damaged: no tensor has more dimensions, elements or a longer name.
+_MAX_DIMENSIONS, _MAX_NUMBER, _MAX_NAME = 8, 2**48, 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +98,12 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
     try:
-        header = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        header = json.loads(text, object_pairs_hook=unique_keys)
+    except DuplicateKeyError as error:
+        raise CheckpointError(
+            f"{file}: the safetensors header names {error.args[0]!r} twice; the file is damaged, fetch it again"
+        ) from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file}: the safetensors header is no JSON; the file is damaged, fetch it again"
         ) from error
@@ -115,12 +123,15 @@ def _parse_entry(file: Path, name: str, entry: Any) -> tuple[TensorInfo, int, in
     try:
         code, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
-        numbers_fit = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
-        well_formed = numbers_fit and isinstance(code, str)
+        numbers_fit = len(shape) <= _MAX_DIMENSIONS and all(
+            type(number) is int and 0 <= number < _MAX_NUMBER for number in (*shape, begin, end)
+        )
+        # a name that is no text, half of a surrogate pair, could not be asked for
+        well_formed = numbers_fit and isinstance(code, str) and bool(name.encode()) and len(name) <= _MAX_NAME
     except (TypeError, KeyError, ValueError):
         well_formed = False
     if not well_formed:
-        raise CheckpointError(f"{file}: the header entry of tensor {name!r} is damaged; fetch the file again")
+        raise CheckpointError(f"{file}: the header entry of tensor {name[:200]!r} is damaged; fetch the file again")
     if code not in DTYPE_OF_CODE:
         raise CheckpointError(
             f"{file}: tensor {name!r} has dtype {code!r}; readable are {', '.join(DTYPE_OF_CODE)}; convert it"

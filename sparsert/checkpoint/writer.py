@@ -1,40 +1,55 @@
 """Write a checkpoint from another one: an ordinary Hugging Face directory, a tensor at a time.
 
 The tensors go through in the order of the source, each read, changed and written before the next
-one is read, so host memory is bounded by the largest tensor whatever the model's size. All is
+one is read, so host memory is bounded by the largest tensor whatever the model's size (``shards.py``). All is
 written into a hidden directory beside the target, which is renamed when the last byte is on the
-disk: a run that dies leaves nothing under the target's name.
+disk: a run that dies leaves nothing under the target's name (``work.py``). Weights are written dense, zeros
+and all, or packed 2:4 in our format or under the keys of compressed-tensors (``quantization.py``).
 
 Removed blocks are left out and the others renumbered 0, 1, 2, ..., because that is what every
 loader expects; lists in the configuration that hold one entry a block are cut the same way. A block
 without its attention or mlp loses the tensors of that half, norms included, and ``config.json`` says so
 where transformers' configurations do: ``"per_layer_config": {"2": {"skip": ["mlp"]}}``. Which
 blocks are gone could not be told from the result any more, so the caller's ``record`` goes into
-``config.json`` under ``sparsert``.
+``config.json``.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import fnmatch
+import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from sparsert.checkpoint.compare import compare_shard
 from sparsert.checkpoint.layer_types import layer_types
+from sparsert.checkpoint.paths import check_inside
+from sparsert.checkpoint.quantization import (
+    compressed_tensors_config,
+    pruning_record,
+    sparsert_config,
+    unsupported_quantization,
+)
 from sparsert.checkpoint.reader import Checkpoint, block_of, rename_block
-from sparsert.checkpoint.safetensors_file import SafetensorsWriter
+from sparsert.checkpoint.shards import SHARD_BYTES, Entry, Shard, plan_shards, write_json, write_shards
+from sparsert.checkpoint.stored import BITMASK_24, DENSE, part_names
+from sparsert.checkpoint.work import check_output, work_directory
 from sparsert.errors import CheckpointError, InputError
+from sparsert.formats.bitmask import bitmask_from_dense
 from sparsert.schedule import LayerPlan
 
-#: Bytes of tensors in one file; the hub and its tools cut at the same size.
-SHARD_BYTES = 5_000_000_000
+#: Our own format, beside ``dense`` and ``sparse-24-bitmask``.
+SPARSERT = "sparsert"
+
+#: What a checkpoint can be written as.
+TARGETS = (SPARSERT, DENSE, BITMASK_24)
 
 #: What is copied beside the weights: tokenizer, chat template, generation defaults, licence.
 _COPIED = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*")
@@ -90,17 +105,22 @@ def pruned_config(config: Mapping[str, Any], plan: LayerPlan) -> dict[str, Any]:
     return pruned
 
 
-def check_output(output: Path) -> None:
-    """Refuse a target that is not free, before any work is done.
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """In what form weights are written.
 
-    Raises:
-        InputError: ``output`` is a file or a directory that holds something.
-        CheckpointError: its parent directory does not exist.
+    Attributes:
+        target: ``dense`` (zeros and all), ``sparsert`` (our format) or ``sparse-24-bitmask`` (the same tensors under
+            the keys of compressed-tensors).
+        packed: names in the source of the weights that are written packed; each must be 2:4.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output}: exists and is not an empty directory; choose a new directory or remove it first")
-    if not output.absolute().parent.is_dir():
-        raise CheckpointError(f"{output}: the parent directory does not exist; create it first")
+
+    target: str = DENSE
+    packed: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise InputError(f"cannot write a checkpoint as {self.target!r}; choose one of {', '.join(TARGETS)}")
 
 
 def write_checkpoint(
@@ -110,6 +130,8 @@ def write_checkpoint(
     plan: LayerPlan | None = None,
     transform: Callable[[str, Tensor], Tensor] | None = None,
     record: Callable[[], Mapping[str, Any]] | None = None,
+    form: Form | None = None,
+    checked_resume: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
 ) -> int:
@@ -120,7 +142,11 @@ def write_checkpoint(
         output: directory to create; an empty one may exist.
         plan: what to keep, default all; what the source itself skips stays away.
         transform: called with the name in ``source`` and the tensor; returns one of the same shape and dtype.
-        record: called after the last tensor; what it returns is stored in ``config.json`` under ``sparsert``.
+        record: called after the last tensor; what it returns is stored in ``config.json``, under ``sparsert`` or, in
+            our format, as ``provenance``. Default: the record of the source, if it has one.
+        form: how to write, default dense.
+        checked_resume: read every finished file back and compare it with the source, and leave what is finished for
+            the next run if this one fails. ``transform`` must then give the same result each time.
         shard_bytes: most bytes of tensors in one file.
         progress: show a bar on standard error if that is a terminal.
 
@@ -129,35 +155,93 @@ def write_checkpoint(
 
     Raises:
         InputError: ``output`` is not free, or a plan for another number of blocks.
+        SparsityError: a weight to be packed is not 2:4.
         CheckpointError: the source is damaged, or the disk is full or read-only.
     """
     output = Path(output).expanduser()
     check_output(output)
+    form = form or Form()
+    change = transform or _unchanged
     stored = stored_plan(source.config, source.num_blocks)
     plan = stored if plan is None else stored.intersect(plan)
-    new_names = _new_names(source, plan)
-    shards = _shards(source, list(new_names), shard_bytes)
-    temporary = output.absolute().with_name(f".{output.name}.{os.getpid()}.partial")
+    entries = [
+        Entry(name, new, source.shape(name), source.dtype(name), BITMASK_24 if name in form.packed else DENSE)
+        for name, new in _new_names(source, plan).items()
+    ]
+    shards = plan_shards(entries, shard_bytes)
+
+    def read(entry: Entry) -> Mapping[str, Tensor]:
+        if entry.storage == DENSE:
+            return {entry.name: change(entry.source, source.read(entry.source))}
+        names = part_names(entry.name, BITMASK_24)
+        parts = bitmask_from_dense(change(entry.source, source.read(entry.source)).contiguous(), entry.source)
+        return {names[part]: tensor for part, tensor in parts.items()}
+
+    def check(file: Path, shard: Shard) -> None:
+        compare_shard(file, shard, lambda name: change(name, source.read(name)))
+
+    key = _resume_key(source, shards, form) if checked_resume else None
     try:
-        temporary.mkdir()
-        try:
-            _write_shards(source, temporary, shards, new_names, transform or _unchanged, progress)
-            _copy_small_files(source.directory, temporary)
-            config = pruned_config(source.config, plan)
-            if record is not None:
-                config["sparsert"] = dict(record())
-            _write_json(temporary / "config.json", config)
-            if output.exists():
-                output.rmdir()
-            os.rename(temporary, output)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with work_directory(output, key) as directory:
+            write_shards(
+                directory,
+                shards,
+                read,
+                check=check if checked_resume else None,
+                keep_finished=checked_resume,
+                progress=progress,
+            )
+            _copy_small_files(source.directory, directory)
+            written = pruning_record(source.config) if record is None else record()
+            write_json(directory / "config.json", _written_config(source, plan, form, entries, written))
     except OSError as error:
+        needed = sum(entry.nbytes for entry in entries)
         raise CheckpointError(
             f"{output}: cannot be written ({error.strerror or error}); check permissions and free space "
-            f"({source.total_nbytes / 1e9:.1f} GB are needed)"
+            f"({needed / 1e9:.1f} GB are needed)"
         ) from error
-    return sum(source.nbytes(name) for name in new_names)
+    return sum(entry.nbytes for entry in entries)
+
+
+def _written_config(
+    source: Checkpoint, plan: LayerPlan, form: Form, entries: Sequence[Entry], record: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """``config.json`` of the copy."""
+    config = pruned_config(source.config, plan)
+    if unsupported_quantization(config) is None:
+        for key in ("quantization_config", "compression_config"):
+            config.pop(key, None)
+    config.pop("sparsert", None)
+    if form.target == SPARSERT:
+        config["quantization_config"] = sparsert_config(_kept_dense(entries), record or {})
+        return config
+    if form.target == BITMASK_24:
+        config["quantization_config"] = compressed_tensors_config(_kept_dense(entries))
+    if record is not None:
+        config["sparsert"] = dict(record)
+    return config
+
+
+def _kept_dense(entries: Sequence[Entry]) -> list[str]:
+    """Names of the linear modules that stay dense: the head, and what of a block is not packed."""
+    modules = [
+        entry.name.removesuffix(".weight")
+        for entry in entries
+        if entry.storage == DENSE and entry.name.endswith(".weight") and len(entry.shape) == 2
+    ]
+    heads = [name for name in modules if name.endswith("lm_head")] or ["lm_head"]
+    return heads + [name for name in modules if block_of(f"{name}.weight") is not None]
+
+
+def _resume_key(source: Checkpoint, shards: Sequence[Shard], form: Form) -> str:
+    """Says what is being made of what; another key, another result."""
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
+    layout = [
+        (shard.file_name, [(name, list(shape), str(dtype)) for name, (shape, dtype) in shard.layout.items()])
+        for shard in shards
+    ]
+    content = [str(source.directory.resolve()), files, source.config, form.target, layout]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _new_names(source: Checkpoint, plan: LayerPlan) -> dict[str, str]:
@@ -191,49 +275,6 @@ def _half_runs(source: Checkpoint, name: str, block: int, plan: LayerPlan) -> bo
     return True
 
 
-def _shards(source: Checkpoint, names: list[str], shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name in names:
-        if shards[-1] and filled + source.nbytes(name) > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += source.nbytes(name)
-    return shards
-
-
-def _write_shards(
-    source: Checkpoint,
-    directory: Path,
-    shards: list[list[str]],
-    new_names: dict[str, str],
-    transform: Callable[[str, Tensor], Tensor],
-    progress: bool,
-) -> None:
-    from tqdm import tqdm
-
-    total = sum(source.nbytes(name) for name in new_names)
-    weight_map: dict[str, str] = {}
-    # disable=None: tqdm stays silent when standard error is no terminal
-    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None if progress else True) as bar:
-        for number, shard in enumerate(shards, start=1):
-            single = len(shards) == 1
-            file_name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-                new_names[name]: (source.shape(name), source.dtype(name)) for name in shard
-            }
-            with SafetensorsWriter(directory / file_name, layout) as writer:
-                for name in shard:
-                    # no variable: it would keep this tensor alive while the next one is read
-                    writer.write(new_names[name], transform(name, source.read(name)))
-                    bar.update(source.nbytes(name))
-            weight_map.update(dict.fromkeys(layout, file_name))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(directory / "model.safetensors.index.json", index)
-
-
 def _unchanged(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
@@ -241,11 +282,8 @@ def _unchanged(name: str, tensor: Tensor) -> Tensor:
 def _copy_small_files(source: Path, target: Path) -> None:
     for file in sorted(source.iterdir()):
         if file.is_file() and _matches(file.name, _COPIED) and not _matches(file.name, _NOT_COPIED):
+            check_inside(source, file)
             shutil.copyfile(file, target / file.name)
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

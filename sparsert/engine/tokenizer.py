@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsert.checkpoint import Checkpoint
-from sparsert.checkpoint.reader import read_json
+from sparsert.checkpoint.json_file import read_json
 from sparsert.errors import CheckpointError, InputError, UnsupportedError, first_line
 from sparsert.models.config_values import token_ids
 

@@ -1,7 +1,7 @@
 """The ``sparse-24-bitmask`` tensors of compressed-tensors, to and from the packed layout.
 
-This is also what this project writes to disk: a format that other tools have read, in which nothing
-depends on a GPU generation. For a weight ``[rows, columns]``:
+This is also what this project writes to disk (docs/format.md): a format that other tools have read, in which
+nothing depends on a GPU generation. For a weight ``[rows, columns]``:
 
     compressed  [rows, columns / 2]               kept values in column order, the weight's dtype
     bitmask     uint8 [rows, ceil(columns / 8)]   bit j of byte c is column 8 c + j
@@ -25,9 +25,15 @@ import torch
 from torch import Tensor
 
 from sparsert.errors import InputError, SparsityError
-from sparsert.formats.nibbles import MASK_OF_NIBBLE, NIBBLE_OF_MASK
+from sparsert.formats.groups import comparable
+from sparsert.formats.nibbles import MASK_OF_NIBBLE, NIBBLE_OF_MASK, check_matrix, mask_to_nibbles
 from sparsert.formats.packed import PACKED_DTYPES, Packed24, packed_kept_values
 from sparsert.formats.rows import byte_lookup, check_nibbles, pack_rows, packed_nibble_bytes
+
+#: Dense weights are read and written in slices of about this many values: positions take eight bytes each.
+_SLICE_VALUES = 1 << 22
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _MASKS_OF_NIBBLES = tuple(MASK_OF_NIBBLE[byte & 0xF] | MASK_OF_NIBBLE[byte >> 4] << 4 for byte in range(256))
 
@@ -89,19 +95,103 @@ def from_bitmask(compressed: Tensor, bitmask: Tensor, shape: Tensor | Sequence[i
         InputError: shapes, dtypes or devices do not fit.
         SparsityError: a group does not have exactly two bits, or bits are set past the last column.
     """
-    rows, columns = _dimensions(shape, name)
-    if columns % 4:
-        raise InputError(f"{name}: width {columns} is no multiple of 4, so it cannot be 2:4; the tensors are damaged")
-    if compressed.dtype not in PACKED_DTYPES or bitmask.dtype != torch.uint8 or compressed.device != bitmask.device:
+    if compressed.dtype not in PACKED_DTYPES or compressed.device != bitmask.device:
         raise InputError(
             f"{name}: got compressed {compressed.dtype} on {compressed.device} and bitmask {bitmask.dtype} on "
             f"{bitmask.device}; need bfloat16, float16 or float32 and uint8 on one device"
         )
+    nibble_bytes, columns = _nibble_bytes(compressed, bitmask, shape, name)
+    return pack_rows(compressed, nibble_bytes, columns)
+
+
+def bitmask_from_dense(weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
+    """The three tensors of sparse-24-bitmask, straight from a dense weight with zeros.
+
+    Bits move as they are, NaN payloads included; -0.0 counts as zero and becomes +0. A group that keeps fewer than
+    two values names the positions that :data:`~sparsert.formats.nibbles.NIBBLE_OF_MASK` does, so the result is that
+    of :func:`to_bitmask` after packing.
+
+    Args:
+        weight: ``[rows, columns]``, any float dtype, ``columns`` a multiple of 4.
+        name: tensor name for errors.
+
+    Returns:
+        As :func:`to_bitmask`.
+
+    Raises:
+        SparsityError: some group keeps three or four values.
+        InputError: no matrix, or a width that is no multiple of 4.
+
+    Example:
+        >>> bitmask_from_dense(torch.tensor([[1.0, 0, 0, 2, 0, 3, 4, 0]]))["compressed"].tolist()
+        [[1.0, 2.0, 3.0, 4.0]]
+    """
+    rows, columns = check_matrix(weight, name)
+    bits = weight.view(_INTEGERS[weight.element_size()])
+    compressed = bits.new_empty(rows, columns // 2)
+    bitmask = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8, device=weight.device)
+    without_sign = 2 ** (8 * weight.element_size() - 1) - 1
+    masks = torch.tensor(MASK_OF_NIBBLE, dtype=torch.uint8, device=weight.device)
+    try:
+        for part in _slices(rows, columns):
+            nibbles = mask_to_nibbles(bits[part] & without_sign, name)
+            index = torch.stack([nibbles & 3, nibbles >> 2], dim=-1).long()
+            values = bits[part].unflatten(1, (-1, 4)).gather(-1, index).flatten(1)
+            compressed[part] = values * ((values & without_sign) != 0)  # a spare slot that held -0.0 holds +0
+            two_masks = masks[nibbles.int()]
+            bitmask[part] = two_masks[:, ::2]
+            bitmask[part][:, : columns // 8] |= two_masks[:, 1::2] << 4
+    except SparsityError:
+        mask_to_nibbles(comparable(weight) != 0, name)  # counts in the whole weight, not in a slice, and raises
+        raise
+    shape = torch.tensor([[rows], [columns]], dtype=torch.int64)
+    return {"compressed": compressed.view(weight.dtype), "bitmask": bitmask, "shape": shape}
+
+
+def dense_from_bitmask(
+    compressed: Tensor, bitmask: Tensor, shape: Tensor | Sequence[int], name: str = "weight"
+) -> Tensor:
+    """Dense weight from the tensors of sparse-24-bitmask, bit for bit, +0 where nothing is kept.
+
+    Args:
+        compressed, bitmask, shape, name: as :func:`from_bitmask`, but any dtype of values.
+
+    Returns:
+        ``[rows, columns]`` in the dtype and on the device of ``compressed``.
+
+    Raises:
+        InputError, SparsityError: as :func:`from_bitmask`.
+    """
+    nibble_bytes, columns = _nibble_bytes(compressed, bitmask, shape, name)
+    rows = compressed.shape[0]
+    values = compressed.contiguous().view(_INTEGERS[compressed.element_size()]).view(rows, columns // 4, 2)
+    dense = values.new_zeros(rows, columns // 4, 4)
+    for part in _slices(rows, columns):
+        nibbles = torch.stack([nibble_bytes[part] & 0xF, nibble_bytes[part] >> 4], dim=-1).flatten(1)[:, : columns // 4]
+        index = torch.stack([nibbles & 3, nibbles >> 2], dim=-1).long()
+        dense[part].scatter_(-1, index, values[part])
+    return dense.view(rows, columns).view(compressed.dtype)
+
+
+def _slices(rows: int, columns: int) -> list[slice]:
+    step = max(1, _SLICE_VALUES // columns)
+    return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+def _nibble_bytes(compressed: Tensor, bitmask: Tensor, shape: Tensor | Sequence[int], name: str) -> tuple[Tensor, int]:
+    """Two metadata nibbles for each byte of a bitmask that fits the values, and the width.
+
+    With an odd number of groups the high nibble of a row's last byte stands for nothing.
+    """
+    rows, columns = _dimensions(shape, name)
+    if columns % 4:
+        raise InputError(f"{name}: width {columns} is no multiple of 4, so it cannot be 2:4; the tensors are damaged")
     expected = (rows, columns // 2), (rows, -(-columns // 8))
-    if (tuple(compressed.shape), tuple(bitmask.shape)) != expected:
+    if (tuple(compressed.shape), tuple(bitmask.shape)) != expected or bitmask.dtype != torch.uint8:
         raise InputError(
-            f"{name}: got compressed {tuple(compressed.shape)} and bitmask {tuple(bitmask.shape)}, need {expected[0]} "
-            f"and {expected[1]} for a weight [{rows}, {columns}]; the file is damaged or of another format"
+            f"{name}: got compressed {tuple(compressed.shape)} and bitmask {tuple(bitmask.shape)} {bitmask.dtype}, "
+            f"need {expected[0]} and uint8 {expected[1]} for a weight [{rows}, {columns}]; the file is damaged or of "
+            f"another format"
         )
     if columns % 8:
         if bool((bitmask[:, -1] > 0x0F).any()):
@@ -111,7 +201,7 @@ def from_bitmask(compressed: Tensor, bitmask: Tensor, shape: Tensor | Sequence[i
         bitmask[:, -1] |= 0xC0  # any two bits: the padding of the packed layout takes their place
     if not bool(byte_lookup(_ALL_TWO_BITS, bitmask).all()):
         raise _bits_error(bitmask, name)
-    return pack_rows(compressed, byte_lookup(_NIBBLES_OF_MASKS, bitmask), columns)
+    return byte_lookup(_NIBBLES_OF_MASKS, bitmask), columns
 
 
 def _dimensions(shape: Tensor | Sequence[int], name: str) -> tuple[int, int]:

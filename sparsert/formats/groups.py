@@ -41,3 +41,15 @@ def count_groups(weight: Tensor) -> tuple[int, int, int]:
 def comparable(tensor: Tensor) -> Tensor:
     """8-bit floats cannot be compared everywhere; a wider copy can."""
     return tensor.float() if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else tensor
+
+
+def count_not_finite(weight: Tensor) -> int:
+    """How many values are NaN or infinite; integers have none.
+
+    Example:
+        >>> count_not_finite(torch.tensor([1.0, float("nan"), float("inf")]))
+        2
+    """
+    if not weight.dtype.is_floating_point:
+        return 0
+    return sum(int((~comparable(part).isfinite()).sum()) for part in weight.flatten().split(_SLICE_VALUES))

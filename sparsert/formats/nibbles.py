@@ -34,7 +34,8 @@ MASK_OF_NIBBLE: tuple[int, ...] = (0, 0, 0, 0, 0x3, 0, 0, 0, 0x5, 0x6, 0, 0, 0x9
 
 
 def _lookup(table: tuple[int, ...], index: Tensor) -> Tensor:
-    return torch.tensor(table, dtype=torch.uint8, device=index.device)[index.long()]
+    entries = torch.tensor(table, dtype=torch.uint8, device=index.device)
+    return entries.index_select(0, index.flatten().to(torch.int32)).view(index.shape)
 
 
 def check_matrix(tensor: Tensor, name: str) -> tuple[int, int]:
@@ -92,11 +93,9 @@ def mask_to_nibbles(mask: Tensor, name: str = "mask") -> Tensor:
         [[8, 14]]
     """
     rows, columns = check_matrix(mask, name)
-    kept = (mask != 0).view(rows, columns // 4, 4)
-    bits = kept[..., 0].to(torch.uint8)
-    for position in range(1, 4):
-        bits |= kept[..., position].to(torch.uint8) << position
-    nibbles = _lookup(NIBBLE_OF_MASK, bits)
+    # four bools are one 32-bit word of four 0/1 bytes; the multiplication gathers them as bits of the highest byte
+    words = (mask != 0).contiguous().view(torch.int32)
+    nibbles = _lookup(NIBBLE_OF_MASK, ((words * 0x01020408) >> 24) & 0xF)
     bad = nibbles == 0
     if bool(bad.any()):
         first = int(bad.flatten().to(torch.uint8).argmax())

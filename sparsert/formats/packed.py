@@ -207,10 +207,11 @@ def packed_kept_values(packed: Packed24) -> Tensor:
 def unpack_reference(packed: Packed24) -> Tensor:
     """Dense ``[out_features, in_features]`` of a packed weight, in plain torch."""
     nibbles = packed_nibbles(packed)
-    kept = packed_kept_values(packed).view(packed.out_features, -1, 2)
+    # moved as integers: torch's scatter rewrites the payload of a NaN
+    kept = packed_kept_values(packed).view(_INTEGERS[packed.dtype.itemsize]).view(packed.out_features, -1, 2)
     index = torch.stack([nibbles & 3, nibbles >> 2], dim=-1).long()
     dense = kept.new_zeros(packed.out_features, packed.in_features // 4, 4)
-    return dense.scatter_(-1, index, kept).view(packed.out_features, packed.in_features)
+    return dense.scatter_(-1, index, kept).view(packed.out_features, packed.in_features).view(packed.dtype)
 
 
 def packed_mask(packed: Packed24) -> Tensor:

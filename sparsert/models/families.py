@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sparsert.checkpoint.layer_types import SLIDING_ATTENTION
+from sparsert.checkpoint.quantization import unsupported_quantization
 from sparsert.errors import CheckpointError, UnsupportedError
 from sparsert.models.config import (
     AttentionConfig,
@@ -252,15 +253,12 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 
 def _check_stored_plain(config: Mapping[str, Any]) -> None:
-    """Refuse weights that are not stored as plain tensors; a record of sparsity in plain tensors is fine."""
-    quantization = config.get("quantization_config")
-    if not quantization:
-        return
-    sparsity = quantization.get("sparsity_config") or {}
-    if quantization.get("config_groups") or sparsity.get("format") != "dense":
+    """Refuse weights whose values are quantized; how they are packed is the checkpoint's business."""
+    reason = unsupported_quantization(config)
+    if reason is not None:
         raise UnsupportedError(
-            f"config.json: weights stored under quantization_config (method {quantization.get('quant_method')!r}) "
-            f"cannot be loaded; give the checkpoint in bfloat16, float16 or float32, with zeros where it is pruned"
+            f"config.json: {reason} and cannot be loaded; give the checkpoint in bfloat16, float16 or float32, with "
+            f"zeros where it is pruned"
         )
 
 

@@ -6,9 +6,10 @@ the next one comes: beside what is packed the device holds one dense layer at mo
 plan skips are checked by name only and never read.
 
 A weight is packed by the first of these that applies: the mask file's mask for it; what the mask maker
-returns for it; its own zeros, if no group of four keeps more than two. Zeros that do not make 2:4
-leave the layer dense, which the report says, unless the checkpoint claims of itself to be 2:4: then it
-is damaged, and that is an error. Embedding, head and norms are always dense.
+returns for it; the checkpoint, which holds it packed and is read as it is (docs/format.md); its own zeros,
+if no group of four keeps more than two. Zeros that do not make 2:4 leave the layer dense, which the report
+says, unless the checkpoint claims of itself to be 2:4: then it is damaged, and that is an error. Embedding,
+head and norms are always dense. Values that are not finite are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 
 from sparsert import ops
 from sparsert.checkpoint import Checkpoint, MaskFile
-from sparsert.errors import CheckpointError, UnsupportedError
+from sparsert.checkpoint.stored import BITMASK_24
+from sparsert.errors import CheckpointError, InputError, SparsityError, UnsupportedError
+from sparsert.formats import Packed24, from_bitmask
 from sparsert.formats.groups import count_groups
 from sparsert.models.config import DecoderConfig, LinearShape, NormConfig
 from sparsert.models.decoder import DecoderBlock, DecoderModel
@@ -123,14 +126,39 @@ class _Reader:
         stored = self.checkpoint.read(name)
         if rows is not None:
             stored = stored[slice(*rows)]
+        tensor = self._place(stored, name)
+        return tensor.clone() if copy and tensor.data_ptr() == stored.data_ptr() else tensor.contiguous()
+
+    def read_packed(self, stored: StoredLinear, in_features: int) -> Packed24:
+        """A weight that stands packed in its file, without making it dense on the way."""
+        name = f"{stored.tensor}.weight"
+        compressed, bitmask = self.checkpoint.read_packed(name)
+        if stored.rows is not None:
+            compressed, bitmask = compressed[slice(*stored.rows)], bitmask[slice(*stored.rows)]
+        compressed = self._place(compressed, name)
+        try:
+            shape = (compressed.shape[0], in_features)
+            return from_bitmask(compressed, bitmask.to(self.device), shape, name=stored.label)
+        except (InputError, SparsityError) as error:
+            raise CheckpointError(f"{self.checkpoint.file(name)}: {error}") from error
+
+    def _place(self, stored: Tensor, name: str) -> Tensor:
+        """Convert a tensor of the file and move it to the device; refuse values that are not finite."""
         # converted on the host, so the device never sees a wider copy; a copy is what outlives the file
         tensor = stored.to(self.dtype)
-        if self.dtype == torch.float16 and stored.dtype != torch.float16 and not bool(tensor.isfinite().all()):
-            raise CheckpointError(
-                f"{name}: has values beyond float16's range (65504) or not finite; use --dtype bfloat16"
-            )
-        tensor = tensor.to(self.device)
-        return tensor.clone() if copy and tensor.data_ptr() == stored.data_ptr() else tensor.contiguous()
+        if tensor.numel():
+            # of extremes, because isfinite() would take as much memory again, and both pass a NaN on
+            finite = all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
+            if not finite and self.dtype == torch.float16 and stored.dtype != torch.float16:
+                raise CheckpointError(
+                    f"{name}: has values beyond float16's range (65504) or not finite; use --dtype bfloat16"
+                )
+            if not finite:
+                raise CheckpointError(
+                    f"{self.checkpoint.file(name)}: {name!r} holds NaN or infinite values; the checkpoint is damaged, "
+                    "fetch it again"
+                )
+        return tensor.to(self.device)
 
     def parameter(self, name: str) -> nn.Parameter:
         """One tensor as a parameter without gradient."""
@@ -236,6 +264,14 @@ def _load_linear(
     backend: str,
 ) -> tuple[nn.Module, LinearRecord]:
     """Load one linear layer of a block, packed if it is 2:4."""
+    name = f"{stored.tensor}.weight"
+    as_stored = reader.checkpoint.storage(name) == BITMASK_24 and shape.in_features % 4 == 0
+    if as_stored and mask_maker is None and (masks is None or name not in masks):
+        bias = reader.read(f"{stored.tensor}.bias", stored.rows) if shape.bias else None
+        packed = reader.read_packed(stored, shape.in_features)
+        dense_bytes = shape.out_features * shape.in_features * reader.dtype.itemsize
+        record = LinearRecord("2:4", "packed in the checkpoint", packed.nbytes, dense_bytes)
+        return SparseLinear.from_packed(packed, bias, backend=backend), record
     weight = reader.read(f"{stored.tensor}.weight", stored.rows, copy=False)
     bias = reader.read(f"{stored.tensor}.bias", stored.rows) if shape.bias else None
     mask, reason, packable = _find_mask(stored, weight, reader.checkpoint, masks, mask_maker)

@@ -19,6 +19,9 @@ _RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
 #: Longest range that is expanded; no model comes near, and "1-99999999999" must not fill the memory.
 _MOST_BLOCKS = 100_000
 
+#: Longest order file that is read: every block of the largest model fits a hundred times.
+_MOST_ORDER_BYTES = 100_000
+
 _GUARDED_FIRST = 4
 _GUARDED_LAST = 2
 
@@ -119,7 +122,7 @@ def read_block_order(path: str | Path, count: int, num_blocks: int, *, force: bo
 
     Source: Kim et al., "Shortened LLaMA" (2024); guarded blocks: its "+" rule.
     """
-    order = _read_order_line(Path(path))
+    order = read_order_file(path)
     try:
         check_block_indices(order, num_blocks, "remove")
     except InputError as error:
@@ -136,8 +139,16 @@ def read_block_order(path: str | Path, count: int, num_blocks: int, *, force: bo
     return tuple(candidates[:count])
 
 
-def _read_order_line(path: Path) -> list[int]:
+def read_order_file(path: str | Path) -> list[int]:
+    """All block numbers of an order file, the first to remove standing first.
+
+    Raises:
+        InputError: the file cannot be read or is no such list.
+    """
+    path = Path(path)
     try:
+        if path.stat().st_size > _MOST_ORDER_BYTES:
+            raise InputError(f"block order {path}: has {path.stat().st_size} bytes; an order file is one short line")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
@@ -151,7 +162,7 @@ def _read_order_line(path: Path) -> list[int]:
         )
     order = []
     for part in lines[0].strip().rstrip(",").split(","):
-        if not re.fullmatch(r"\d+", part.strip()):
-            raise InputError(f"block order {path}: {part.strip()!r} is no block number; write it like 24,26,25,10")
-        order.append(int(part))
+        if not re.fullmatch(r"[0-9]{1,6}", part.strip()):
+            raise InputError(f"block order {path}: {part.strip()[:40]!r} is no block number; write it like 24,26,25,10")
+        order.append(int(part.strip()))
     return order

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from sparsert.errors import InputError, SparsityError
 from sparsert.formats import (
+    bitmask_from_dense,
+    dense_from_bitmask,
     from_bitmask,
     mask_to_nibbles,
     nibbles_to_mask,
@@ -100,7 +102,7 @@ def test_bits_past_the_last_column_are_refused() -> None:
 def test_tensors_that_do_not_fit() -> None:
     tensors = to_bitmask(pack_reference(torch.zeros(6, 20)))
     compressed, bitmask = tensors["compressed"], tensors["bitmask"]
-    with pytest.raises(InputError, match=r"w: got compressed \(6, 10\) and bitmask \(6, 3\), need \(6, 12\) and"):
+    with pytest.raises(InputError, match=r"w: got compressed \(6, 10\) and bitmask \(6, 3\) .*, need \(6, 12\) and"):
         from_bitmask(compressed, bitmask, (6, 24), "w")
     with pytest.raises(InputError, match="width 21 is no multiple of 4"):
         from_bitmask(compressed, bitmask, (6, 21))
@@ -108,5 +110,54 @@ def test_tensors_that_do_not_fit() -> None:
         from_bitmask(compressed, bitmask, (6,))
     with pytest.raises(InputError, match=r"torch\.float8_e4m3fn"):
         from_bitmask(compressed.to(torch.float8_e4m3fn), bitmask, (6, 20))
-    with pytest.raises(InputError, match=r"bitmask torch\.int16"):
+    with pytest.raises(InputError, match=r"bitmask \(6, 3\) torch\.int16"):
         from_bitmask(compressed, bitmask.short(), (6, 20))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dense_weights_without_packing_them(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsert.formats.bitmask._SLICE_VALUES", 1000)  # several slices, the last one short
+    wide = apply_mask(*random_weight(*shape, torch.float32))
+    weight = wide.to(dtype)
+    tensors = bitmask_from_dense(weight)
+    again = dense_from_bitmask(**tensors)
+    assert again.dtype == dtype and torch.equal(again.view(torch.uint8), weight.view(torch.uint8))
+    if dtype in DTYPES:
+        packed = to_bitmask(pack_reference(weight))
+        assert all(torch.equal(tensors[key], packed[key]) for key in packed)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dense_weight_of_a_foreign_file(shape: tuple[int, int]) -> None:
+    weight = apply_mask(*random_weight(*shape, torch.bfloat16))
+    assert torch.equal(raw_bits(dense_from_bitmask(**written_by_compressed_tensors(weight))), raw_bits(weight))
+
+
+def test_what_happens_to_nan_and_negative_zero() -> None:
+    payload = torch.tensor([0x7FC1, -0x0003, 0x7F81], dtype=torch.int16).view(torch.bfloat16)  # three different NaNs
+    weight = torch.zeros(2, 8, dtype=torch.bfloat16)
+    weight.view(torch.int16)[0, :3] = torch.tensor([0, 0, 0], dtype=torch.int16)
+    weight.view(torch.int16)[0, 1] = payload.view(torch.int16)[0]
+    weight.view(torch.int16)[0, 3] = payload.view(torch.int16)[1]
+    weight.view(torch.int16)[1, 4] = payload.view(torch.int16)[2]
+    expected = weight.clone()
+    weight[1, 0] = weight[1, 7] = -0.0
+    for back in (dense_from_bitmask(**bitmask_from_dense(weight)), unpack_reference(pack_reference(weight))):
+        assert torch.equal(raw_bits(back), raw_bits(expected)), "payloads survive, -0.0 is a zero"
+
+
+def test_dense_weights_that_are_not_2_of_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsert.formats.bitmask._SLICE_VALUES", 40)
+    weight = torch.zeros(9, 20)
+    weight[5, 8:11] = weight[7, 0:4] = 1.0
+    with pytest.raises(
+        SparsityError, match=r"w: 2 of 45 groups keep more than 2 of 4 values, the first in row 5, colu"
+    ):
+        bitmask_from_dense(weight, "w")
+    with pytest.raises(InputError, match="width 18 is no multiple of 4"):
+        bitmask_from_dense(torch.zeros(3, 18))
+    with pytest.raises(InputError, match="of another format"):
+        dense_from_bitmask(torch.zeros(3, 8), torch.zeros(3, 3, dtype=torch.uint8), (3, 16))

@@ -107,9 +107,13 @@ def test_damaged_config_names_the_key(changes: dict[str, Any], message: str) -> 
         read(**changes)
 
 
-def test_sparsity_record_over_plain_tensors_is_accepted() -> None:
-    record = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "dense", "sparsity_structure": "2:4"}}
-    assert read(quantization_config=record).num_blocks == 2
-    record["sparsity_config"] = {"format": "sparse-24-bitmask"}
-    with pytest.raises(UnsupportedError, match="compressed-tensors"):
+def test_sparse_weights_are_accepted_and_quantized_ones_are_not() -> None:
+    record: dict[str, Any] = {"quant_method": "compressed-tensors", "sparsity_config": {"sparsity_structure": "2:4"}}
+    for form in ("dense", "sparse-24-bitmask", "sparse-bitmask"):
+        record["sparsity_config"]["format"] = form
+        assert read(quantization_config=record).num_blocks == 2
+    assert read(quantization_config={"quant_method": "sparsert", "version": 1}).num_blocks == 2
+    record |= {"config_groups": {"group_0": {"weights": {"num_bits": 8}}}, "format": "float-quantized"}
+    with pytest.raises(UnsupportedError, match=r"method 'compressed-tensors', format 'float-quantized'\) and cannot"):
         read(quantization_config=record)
+    assert read(quantization_config=record | {"format": "marlin-24"}).num_blocks == 2
