@@ -89,6 +89,7 @@ def test_what_convert_writes_and_what_our_engine_reads(tmp_path: Path) -> None:
 
 
 def test_pipeline(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")  # transformers needs it for device maps
     write_packed(pruned_llama(vocab_size=save_tokenizer(tmp_path)), tmp_path)
     pipe = transformers.pipeline("text-generation", model=str(tmp_path), device_map="cpu")
     assert len(sparse_layers(pipe.model)) == 21
@@ -99,6 +100,7 @@ def test_pipeline(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}])
 def test_device_maps(tmp_path: Path, device_map: Any) -> None:
+    pytest.importorskip("accelerate")  # transformers needs it for device maps
     dense = pruned_llama()
     write_packed(dense, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
@@ -210,6 +212,7 @@ def test_offloaded_layers_are_refused() -> None:
 
 def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     """transformers would go on with random weights for what is missing; here each is an error."""
+    pytest.importorskip("accelerate")  # transformers needs it for device maps
     tensors = write_packed(pruned_llama(), tmp_path)
     layer = "model.layers.1.mlp.up_proj"
 
