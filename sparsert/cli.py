@@ -27,7 +27,7 @@ from sparsert.cli_options import build_parser
 from sparsert.errors import InputError, SparsertError, UnsupportedError
 
 if TYPE_CHECKING:
-    from sparsert.engine import Completion
+    from sparsert.engine import LLM, Completion
     from sparsert.engine.growing_text import StreamCallback
     from sparsert.schedule import LayerPlan
 
@@ -103,7 +103,7 @@ def generate(arguments: argparse.Namespace) -> None:
     if arguments.stream and len(prompts) > 1:
         raise InputError(f"--stream shows one text as it comes, but there are {len(prompts)} prompts; leave it out")
     blocks, draft_blocks = _parse_block_options(arguments), _parse_draft_options(arguments)
-    from sparsert.engine import LLM, SamplingParams
+    from sparsert.engine import SamplingParams
 
     options = {name: getattr(arguments, name) for name in _SAMPLING_OPTIONS}
     params = SamplingParams(
@@ -121,18 +121,11 @@ def generate(arguments: argparse.Namespace) -> None:
 
             mask_maker = magnitude_mask
             _say(_MAGNITUDE_NOTE.format(model=DEFAULT_MODEL))
-    llm = LLM(
+    llm = _load_llm(
         model,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        masks=arguments.masks,
-        remove_blocks=blocks.removed,
-        block_order=blocks.order,
-        skip_attention=blocks.skip_attention,
-        skip_mlp=blocks.skip_mlp,
-        force_remove=arguments.force_remove,
+        arguments,
+        blocks,
         max_length=arguments.max_length,
-        backend=arguments.backend,
         mask_maker=mask_maker,
         progress=sys.stderr.isatty(),
     )
@@ -171,23 +164,12 @@ def generate(arguments: argparse.Namespace) -> None:
     _say_timings(completions)
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
-    """``sparsert eval``: perplexity of a text, and tasks of lm-eval."""
-    if arguments.text is None and arguments.tasks is None:
-        raise InputError("there is nothing to measure; give --text FILE for its perplexity, or --tasks NAMES, or both")
-    text = None if arguments.text is None else _read_text("--text", arguments.text)
-    run_tasks = None if arguments.tasks is None else _import_lm_eval()
-    blocks = _parse_block_options(arguments)
+def _load_llm(model: str, arguments: argparse.Namespace, blocks: _BlockOptions, **more: Any) -> LLM:
+    """The model that the options ask for; what only some commands know comes as further arguments."""
     from sparsert.engine import LLM
-    from sparsert.evaluate import PerplexityProtocol, measure_perplexity
 
-    protocol = PerplexityProtocol(
-        arguments.window, arguments.stride, arguments.bos, arguments.keep_tail, arguments.max_windows
-    )
-    if arguments.batch_size < 1:
-        raise InputError(f"--batch-size {arguments.batch_size}: it must be at least 1")
-    llm = LLM(
-        arguments.model,
+    return LLM(
+        model,
         device=arguments.device,
         dtype=arguments.dtype,
         masks=arguments.masks,
@@ -197,8 +179,25 @@ def evaluate(arguments: argparse.Namespace) -> None:
         skip_mlp=blocks.skip_mlp,
         force_remove=arguments.force_remove,
         backend=arguments.backend,
-        progress=True,
+        **more,
     )
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """``sparsert eval``: perplexity of a text, and tasks of lm-eval."""
+    if arguments.text is None and arguments.tasks is None:
+        raise InputError("there is nothing to measure; give --text FILE for its perplexity, or --tasks NAMES, or both")
+    text = None if arguments.text is None else _read_text("--text", arguments.text)
+    run_tasks = None if arguments.tasks is None else _import_lm_eval()
+    blocks = _parse_block_options(arguments)
+    from sparsert.evaluate import PerplexityProtocol, measure_perplexity
+
+    protocol = PerplexityProtocol(
+        arguments.window, arguments.stride, arguments.bos, arguments.keep_tail, arguments.max_windows
+    )
+    if arguments.batch_size < 1:
+        raise InputError(f"--batch-size {arguments.batch_size}: it must be at least 1")
+    llm = _load_llm(arguments.model, arguments, blocks, progress=True)
     record: dict[str, Any] = {"model": llm.summary()}
     if text is not None:
         result = measure_perplexity(llm, text, protocol, batch_size=arguments.batch_size, progress=True)

@@ -5,27 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tiny_llama import LLAMA3_ROPE, VOCABULARY
+from tiny_llama import LLAMA3_ROPE, SIZES
 from torch import Tensor, nn
 
 from sparsert.models import DecoderConfig, RopeConfig
-
-#: What every family is made from unless a variant says otherwise: group 3, head_dim != hidden / heads.
-_SIZES: dict[str, Any] = {
-    "hidden_size": 96,
-    "intermediate_size": 160,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 24,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.12,
-}
 
 _DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
@@ -122,7 +105,7 @@ def make_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
     import transformers
 
     torch.manual_seed(seed)
-    settings = {**_SIZES, **changes}
+    settings = {**SIZES, **changes}
     if settings["head_dim"] is None:
         del settings["head_dim"]
     name = {"Gemma3": "Gemma3Text"}.get(family, family)

@@ -24,25 +24,28 @@ LLAMA3_ROPE = {
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+#: Of a tiny model unless a test says otherwise: group 3, head_dim != hidden / heads, odd vocabulary.
+SIZES: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.12,
+}
+
+
 def make_llama(*, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     """A random model in fp32: 6 query heads in groups of 3, head_dim 24 != 96 / 6, odd vocabulary."""
     torch.manual_seed(seed)
-    settings: dict[str, Any] = {
-        "hidden_size": 96,
-        "intermediate_size": 160,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 24,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "initializer_range": 0.12,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval().requires_grad_(False)
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes})).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -36,13 +36,11 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from sparsert.checkpoint.quantization import FORMAT_VERSION, QUANT_METHOD
+from sparsert.checkpoint.stored import BITMASK_24 as FORMAT
 from sparsert.errors import CheckpointError, SparsityError, UnsupportedError
 from sparsert.integrations.stored_layers import is_stored, pack_stored_, stored_layer, stored_names, stored_state
 from sparsert.nn import SparseLinear, SparsifyReport, sparsify_
-
-QUANT_METHOD = "sparsert"
-FORMAT = "sparse-24-bitmask"
-FORMAT_VERSION = 1
 
 _NAMES_SHOWN = 4
 
