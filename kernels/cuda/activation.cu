@@ -6,6 +6,7 @@
 
 #include "activation.cuh"
 #include "api.h"
+#include "launch.cuh"
 #include "ptx.cuh"
 #include "vector.cuh"
 
@@ -43,16 +44,8 @@ __global__ void __launch_bounds__(kThreads) activate_kernel(const __grid_constan
 
 template <typename T, Activation Kind>
 cudaError_t launch(const ActivateArguments& a, bool dependent_launch, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((a.width / kVector + kThreads - 1) / kThreads, std::min(a.rows, 65535));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = dependent_launch ? 1 : 0;
-  return cudaLaunchKernelEx(&config, activate_kernel<T, Kind>, a);
+  const dim3 blocks((a.width / kVector + kThreads - 1) / kThreads, std::min(a.rows, 65535));
+  return launch_kernel(activate_kernel<T, Kind>, a, {blocks, kThreads}, dependent_launch, stream);
 }
 
 template <typename T>

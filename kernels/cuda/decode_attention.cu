@@ -25,6 +25,7 @@
 #include <algorithm>
 
 #include "api.h"
+#include "launch.cuh"
 #include "layout.cuh"
 #include "ptx.cuh"
 #include "vector.cuh"
@@ -344,31 +345,11 @@ __global__ void __launch_bounds__(32 * kWarps) decode_attention_kernel(const __g
 template <typename T, int HeadDim, int kWarps>
 cudaError_t launch(const KernelArguments& arguments, int blocks, bool dependent_launch, cudaStream_t stream) {
   auto kernel = decode_attention_kernel<T, HeadDim, kWarps>;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(32 * kWarps);
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2];
-  int count = 0;
-  if (arguments.splits > 1) {
-    if (arguments.splits > 8) {
-      const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-      if (error != cudaSuccess) return error;
-    }
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim.x = arguments.splits;
-    attributes[count].val.clusterDim.y = 1;
-    attributes[count].val.clusterDim.z = 1;
-    ++count;
+  if (arguments.splits > 8) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
   }
-  if (dependent_launch) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count].val.programmaticStreamSerializationAllowed = 1;
-    ++count;
-  }
-  config.attrs = attributes;
-  config.numAttrs = count;
-  return cudaLaunchKernelEx(&config, kernel, arguments);
+  return launch_kernel(kernel, arguments, {dim3(blocks), 32 * kWarps, 0, arguments.splits}, dependent_launch, stream);
 }
 
 template <typename T, int HeadDim>

@@ -19,6 +19,7 @@
 #include <type_traits>
 
 #include "api.h"
+#include "launch.cuh"
 #include "ptx.cuh"
 #include "vector.cuh"
 
@@ -105,16 +106,8 @@ __global__ void __launch_bounds__(kThreads, 2) dense_linear_kernel(const __grid_
 
 template <typename T>
 cudaError_t launch(const DenseLinearArguments& a, bool dependent_launch, cudaStream_t stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((a.N + kRows - 1) / kRows);
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = dependent_launch ? 1 : 0;
-  return cudaLaunchKernelEx(&config, dense_linear_kernel<T>, a);
+  const dim3 blocks((a.N + kRows - 1) / kRows);
+  return launch_kernel(dense_linear_kernel<T>, a, {blocks, kThreads}, dependent_launch, stream);
 }
 
 }  // namespace

@@ -37,6 +37,7 @@
 
 #include "activation.cuh"
 #include "api.h"
+#include "launch.cuh"
 #include "layout.cuh"
 #include "ptx.cuh"
 
@@ -591,28 +592,8 @@ cudaError_t launch(const KernelArguments& arguments, int splits, bool dependent_
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
   if (error != cudaSuccess) return error;
   const int row_groups = (arguments.row_tiles + RowTiles * WarpsN - 1) / (RowTiles * WarpsN);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(row_groups * splits);
-  config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes = S::kSharedBytes;
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2];
-  int count = 0;
-  if (splits > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim.x = splits;
-    attributes[count].val.clusterDim.y = 1;
-    attributes[count].val.clusterDim.z = 1;
-    ++count;
-  }
-  if (dependent_launch) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count].val.programmaticStreamSerializationAllowed = 1;
-    ++count;
-  }
-  config.attrs = attributes;
-  config.numAttrs = count;
-  return cudaLaunchKernelEx(&config, kernel, arguments);
+  return launch_kernel(kernel, arguments, {dim3(row_groups * splits), S::kThreads, S::kSharedBytes, splits},
+                       dependent_launch, stream);
 }
 
 struct Config {

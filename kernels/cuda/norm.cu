@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "api.h"
+#include "launch.cuh"
 #include "ptx.cuh"
 #include "vector.cuh"
 
@@ -134,16 +135,8 @@ template <typename T, typename Weight, int Vectors>
 cudaError_t launch(const ResidualNormArguments& a, bool dependent_launch, cudaStream_t stream) {
   const int vectors = a.width / kVector;
   const int threads = (vectors + Vectors - 1) / Vectors;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(a.rows);
-  config.blockDim = dim3((threads + 31) / 32 * 32);
-  config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = dependent_launch ? 1 : 0;
-  return cudaLaunchKernelEx(&config, residual_norm_kernel<T, Weight, Vectors>, a);
+  return launch_kernel(residual_norm_kernel<T, Weight, Vectors>, a, {dim3(a.rows), (threads + 31) / 32 * 32},
+                       dependent_launch, stream);
 }
 
 template <typename T>
