@@ -1,7 +1,7 @@
 """README's tables, from records of `sparsert bench kernels` and `latency`, so that nobody types their numbers.
 
     sparsert bench kernels --shapes llama-2-7b,llama-3.1-8b --batch 1,4,8,16,32,64 --peers none --output kernels.json
-    sparsert bench latency --arch llama-2-7b --remove-blocks 8 --corners --peers dense,gpt-fast --output latency.json
+    sparsert bench latency --arch llama-2-7b --remove-blocks 8 --corners --peers vllm --output latency.json
     python benchmarks/readme_table.py kernels.json latency.json
 
 Only rows of `ours` that were checked and found right are quoted, and only beside dense of the same run. A test
@@ -58,6 +58,9 @@ def table_lines(record: dict[str, Any]) -> list[str]:
 
 #: How README calls who was measured, by (peer, corner), in the order of its lines.
 CONTENDERS = {
+    ("hf", "dense"): "transformers, dense",
+    ("hf-compile", "dense"): "transformers compiled, dense",
+    ("vllm", "dense"): "vLLM, dense",
     ("gpt-fast", "dense"): "gpt-fast, dense",
     ("dense", "dense"): "ours, dense",
     ("ours", "blocks removed"): "ours, 8 of 32 blocks removed",
@@ -67,9 +70,12 @@ CONTENDERS = {
 
 DECODE_BATCHES = (1, 4, 8, 16)
 
+#: Beside whom ours are said to be so many times faster, and how README calls them.
+BESIDE = {"vllm": "vLLM", "gpt-fast": "gpt-fast", "dense": "dense"}
+
 
 def decode_lines(record: dict[str, Any]) -> list[str]:
-    """Lines of the table of models: milliseconds a token, times faster than gpt-fast and than our dense, peak memory.
+    """Lines of the table of models: milliseconds a token, times faster than peers and than our dense, peak memory.
 
     Args:
         record: of kind ``latency``; prompts and outputs of 128 tokens.
@@ -89,17 +95,18 @@ def decode_lines(record: dict[str, Any]) -> list[str]:
             if row is None:
                 cells.append("-")
                 continue
-            if peer != "gpt-fast" and row["correct"] is not True:
+            if peer in ("ours", "dense") and row["correct"] is not True:
                 raise SystemExit(f"{model}, {name}, batch {batch}: the record holds no checked row")
             ratios = []
-            for other, label in ((("gpt-fast", "dense"), "gpt-fast"), (("dense", "dense"), "dense")):
-                beside = rows.get((*other, batch))
-                if beside is not None and other != (peer, corner) and peer == "ours":
+            for other, label in BESIDE.items():
+                beside = rows.get((other, "dense", batch))
+                if beside is not None and peer == "ours":
                     ratios.append(f"{beside['tpot_ms']['p50'] / row['tpot_ms']['p50']:.2f}x {label}")
             share = "" if row["share_of_read"] is None else f" ({row['share_of_read']:.0%})"
             cells.append(f"{row['tpot_ms']['p50']:.2f} ms{share}" + (f", {', '.join(ratios)}" if ratios else ""))
         first = rows.get((peer, corner, 1))
-        cells.append("-" if first is None else f"{first['peak_bytes'] / 1e9:.2f} GB")
+        peak = None if first is None else first["peak_bytes"]
+        cells.append("-" if peak is None else f"{peak / 1e9:.2f} GB")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
