@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,12 @@ def test_there_are_records() -> None:
 def test_record(path: Path) -> None:
     record = read_record(path)
     assert machine_slug(record["machine"]) == path.parent.name
-    assert not any("/" in word for word in record["command"]), "no paths of a machine"
+    assert not any(re.search("/[^0-9]", word) for word in record["command"]), "no paths of a machine; 2048/128 is none"
     speedup = {"kernels": "speedup", "latency": "speedup_vs_dense"}.get(record["kind"])
     if speedup is not None:
         assert ratios_of(record, path.name)
         assert all(row["correct"] for row in record["results"] if row[speedup] is not None)
-    one_point = record["kind"] == "latency" and len({row["batch"] for row in record["results"]}) == 1
-    assert build_page([record]).figures or one_point
+    assert build_page([record]).figures
 
 
 def test_readme_quotes_the_record() -> None:
