@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "linear_cpu.h"
@@ -89,6 +90,30 @@ void linear24_step_cuda(uintptr_t values, uintptr_t metadata, uintptr_t x, uintp
   check(sparsert::linear24(arguments, sparsert::select_linear24(M, N, K, device, gated), device.capability >= 90,
                            pointer<void>(stream)),
         "linear24");
+}
+
+// config -1: the chosen one.
+void gemm24_cuda(uintptr_t values, uintptr_t metadata, uintptr_t x, uintptr_t bias, uintptr_t y, int M, int N, int K,
+                 int64_t ldx, int activation, bool gated, int dtype, uintptr_t stream, int config, int cluster) {
+  sparsert::Gemm24Arguments arguments{pointer<void>(values), pointer<uint32_t>(metadata), pointer<void>(x),
+                                      pointer<void>(bias),   pointer<void>(y),            M, N, K, ldx,
+                                      static_cast<sparsert::DType>(dtype)};
+  arguments.activation = static_cast<sparsert::Activation>(activation);
+  arguments.gated = gated;
+  const sparsert::DeviceFacts device = sparsert::current_device_facts();
+  const sparsert::Gemm24Choice choice =
+      config < 0 ? sparsert::select_gemm24(M, N, K, device, gated) : sparsert::Gemm24Choice{config, cluster};
+  check(sparsert::gemm24(arguments, choice, device.multiprocessors, true, pointer<void>(stream)), "gemm24");
+}
+
+// (name, outputs and tokens of a block, whether a cluster splits the inputs, whether it takes a SiLU gate) of each config.
+std::vector<std::tuple<std::string, int, int, bool, bool>> gemm24_configs() {
+  std::vector<std::tuple<std::string, int, int, bool, bool>> configs;
+  for (int i = 0; i < sparsert::gemm24_config_count(); ++i)
+    configs.emplace_back(sparsert::gemm24_config_name(i), sparsert::gemm24_config_outputs(i),
+                         sparsert::gemm24_config_tokens(i), sparsert::gemm24_config_splits(i),
+                         sparsert::gemm24_config_takes(i, sparsert::Activation::kSilu, true));
+  return configs;
 }
 
 // Parts of the squares that linear24_step_cuda writes for each batch row.
@@ -210,6 +235,8 @@ PYBIND11_MODULE(_C, module) {
 #ifdef SPARSERT_CUDA
   module.def("linear24_cuda", &linear24_cuda);
   module.def("linear24_step_cuda", &linear24_step_cuda);
+  module.def("gemm24_cuda", &gemm24_cuda);
+  module.def("gemm24_configs", &gemm24_configs);
   module.def("linear24_parts", &linear24_parts);
   module.def("activation_tiles", &sparsert::activation_tiles);
   module.def("linear24_override", &sparsert::override_linear24);

@@ -16,6 +16,9 @@ DeviceFacts current_device_facts();
 // M is at most linear24_max_batch(). Gated: a tile of at least a gate and its factor, 32 outputs.
 Linear24Choice select_linear24(int M, int N, int K, const DeviceFacts& device, bool gated = false);
 
+// For a Hopper GPU.
+Gemm24Choice select_gemm24(int M, int N, int K, const DeviceFacts& device, bool gated = false);
+
 // For tuning: from now on a layer of this shape runs this way at batches up to `batch` (one of the table's) and above
 // the next smaller one. config -1 forgets it.
 void override_linear24(int N, int K, int batch, int config, int splits);

@@ -61,6 +61,35 @@ int linear24_blocks(Linear24Choice choice, int N);
 int linear24_max_batch();
 int linear24(const Linear24Arguments& arguments, Linear24Choice choice, bool dependent_launch, void* stream);
 
+// Prompts and large batches, on a Hopper GPU.
+struct Gemm24Arguments {
+  const void* values;        // as in Linear24Arguments
+  const uint32_t* metadata;
+  const void* x;             // [M, K], 16-byte aligned, row stride ldx elements, a multiple of 8
+  const void* bias;          // [N] or null
+  void* y;                   // [M, N], or [M, N / 2] if gated; row-major, contiguous
+  int M, N, K;               // K a multiple of 8
+  int64_t ldx;
+  DType dtype;               // bf16 or fp16, of values, x, bias and y alike
+  Activation activation = Activation::kNone;
+  bool gated = false;        // as in Linear24Arguments; N is a multiple of 32
+};
+
+// Which instantiation, and how many blocks make a cluster: by some configs they share activations, by others the inputs
+// are split over them.
+struct Gemm24Choice {
+  int config;
+  int cluster;
+};
+
+int gemm24_config_count();
+const char* gemm24_config_name(int config);
+int gemm24_config_outputs(int config);
+int gemm24_config_tokens(int config);
+bool gemm24_config_splits(int config);
+bool gemm24_config_takes(int config, Activation activation, bool gated);
+int gemm24(const Gemm24Arguments& arguments, Gemm24Choice choice, int multiprocessors, bool dependent_launch, void* stream);
+
 struct DenseLinearArguments {
   const void* weight;  // [N, K] contiguous
   const void* x;       // [M, K], row stride ldx elements, 16-byte aligned rows

@@ -1,0 +1,487 @@
+// y[M, N] = x[M, K] W^T (+ bias, activation) for prompts and large batches, W packed 2:4 (layout.cuh), on wgmma.sp.
+//
+// The same packed bytes that linear24.cuh decodes from: a warp's registers and metadata words of mma.sp are also those of
+// wgmma.sp with A in registers, so outputs are the rows of the product and tokens its columns.
+//
+//   * Weights go from global memory straight into registers, several units (64 inputs) ahead: no shared memory, no
+//     conversion. What the tensor cores read from shared memory are the activations, and at the sparse rate that reading
+//     alone takes all that shared memory gives (128 bytes a clock); so everything else has to keep out of it.
+//   * One warp asks the copy engine for activations, swizzled, in a ring. A cluster of two blocks with different outputs
+//     shares them: each fetches half of the tokens for both, which saves a quarter of the reads from L2.
+//   * Two warpgroups multiply. A warp holds neighbouring row tiles, so a gate and its factor, which stand in turn, meet in
+//     one thread, and the product needs no further pass.
+//   * Blocks stay for all their tiles, in an order that keeps a few weights and a few tokens in L2; while a tile is
+//     written the activations of the next one arrive.
+//   * Layers with few tiles split their inputs over a cluster instead and add up through distributed shared memory, in a
+//     fixed order, as linear24.cuh does.
+//
+// Source: PTX ISA (wgmma.mma_async.sp, cp.async.bulk.tensor, setmaxnreg); NVIDIA CUTLASS, warp-specialized persistent
+// kernels of Hopper; CUTLASS has no mainloop with sparse A in registers.
+
+#pragma once
+
+#include <cudaTypedefs.h>
+#include <cuda_runtime.h>
+
+#include "activation.cuh"
+#include "api.h"
+#include "launch.cuh"
+#include "layout.cuh"
+#include "outputs.cuh"
+#include "ptx.cuh"
+#include "wgmma.cuh"
+
+namespace sparsert::gemm24_detail {
+
+constexpr int kThreads = 384;  // one warpgroup for copies, two for products
+constexpr int kWarps = 8;      // that multiply
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+constexpr int kUnitBytes = kUnit * 2;             // of a token's activations
+constexpr int kUnitValueBytes = 2 * 512;          // of a row tile
+constexpr int kMaxSplits = 8;                     // portable cluster size
+constexpr int kMaxSharers = 4;
+constexpr int kStagedTokens = 16;                 // that a warp writes at a time
+// Tiles of tokens that blocks work on before they turn to other tokens.
+constexpr int kRaster = 8;
+
+struct KernelArguments {
+  CUtensorMap x;  // [M, K] in boxes of 64 inputs, swizzled
+  const char* values;
+  const char* metadata;
+  const void* bias;
+  void* y;
+  int M, N;
+  int row_tiles, units;
+  int group_sets, token_tiles;  // sets of output groups that a cluster works on at a time: one a block, or one in all
+  int cluster;                  // blocks that share activations, or over which the inputs are split
+  Activation activation;
+  bool gated;
+};
+
+template <int RowTiles, int Tokens, int Stages, int Depth, bool Split>
+struct Shape {
+  static constexpr int kOutputs = kRowTile * RowTiles * kWarps;
+  static constexpr int kStageBytes = Tokens * kUnitBytes;
+  static constexpr int kRingBytes = Stages * kStageBytes;
+  // One token's outputs of a warp, and 16 bytes that put the eight rows of a stmatrix into different banks.
+  static constexpr int kStagedRow = RowTiles * kRowTile * 2 + 16;
+  static constexpr int kStagedBytes = Split ? 0 : kWarps * kStagedTokens * kStagedRow;
+  static constexpr int kSumStride = kOutputs + 4;  // floats of one token
+  static constexpr int kSumBytes = Split ? Tokens * kSumStride * 4 : 0;
+  static constexpr int kMainBytes = kRingBytes + kStagedBytes > kSumBytes ? kRingBytes + kStagedBytes : kSumBytes;
+  static constexpr int kSharedBytes = kMainBytes + 2 * Stages * 8 + 1024;  // the ring starts at a multiple of 1,024
+  static_assert(kSharedBytes <= 227 * 1024);
+};
+
+#if SPARSERT_WGMMA
+
+__device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+__device__ __forceinline__ uint32_t pack(float low, float high, __half) {
+  const __half2 v = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&v);
+}
+
+// Where a block is in its ring.
+template <int Stages>
+struct Place {
+  int stage = 0, parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == Stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+struct Tile {
+  int group, tokens;  // numbers of the output group and of the tile of tokens
+};
+
+// The n-th tile of block `rank` of a cluster: kRaster tiles of tokens with all outputs, then the next.
+template <bool Split>
+__device__ __forceinline__ Tile tile_at(const KernelArguments& p, int n, int rank) {
+  const int wide = p.group_sets * kRaster, part = n / wide, inside = n % wide;
+  const int width = min(kRaster, p.token_tiles - part * kRaster), set = inside / width;
+  return {Split ? set : set * p.cluster + rank, part * kRaster + inside % width};
+}
+
+// What a warpgroup multiplies: RowTiles tiles of 16 outputs a warp, `Depth` units in flight.
+template <typename T, int RowTiles, int Tokens, int Stages, int Depth>
+struct Products {
+  float sum[RowTiles][Tokens / 2];
+  uint4 a[Depth][RowTiles][2];
+  uint2 e[2][RowTiles];  // metadata of two units at hand and of the next two
+  const char* values;    // of the first tile and this lane
+  const char* metadata;  // of the first tile
+  int next_tile;         // units from a tile to the next; 0 where there is none
+  int unit_end;
+
+  __device__ __forceinline__ void load_values(int slot, int unit) {
+#pragma unroll
+    for (int r = 0; r < RowTiles; ++r)
+#pragma unroll
+      for (int b = 0; b < 2; ++b)
+        a[slot][r][b] =
+            ptx::load_or_zero_16(values + (unit + r * next_tile) * kUnitValueBytes + b * 512, unit < unit_end);
+  }
+  // Of two units, an even one first. In a full chunk a lane's words lie side by side, in what is left over the units do.
+  __device__ __forceinline__ void load_metadata(int slot, int unit, int units, int lane) {
+    const int chunk = unit / kUnitsPerChunk * kUnitsPerChunk;
+    const bool full = chunk + kUnitsPerChunk <= units;
+    const int at = full ? lane * 16 + unit % kUnitsPerChunk * 4 : (unit - chunk) * kMetadataUnitBytes + lane * 4;
+#pragma unroll
+    for (int r = 0; r < RowTiles; ++r) {
+      const char* const from = metadata + (chunk + r * next_tile) * kMetadataUnitBytes + at;
+      e[slot][r] = full ? ptx::load_or_zero_8(from, unit < unit_end)
+                        : make_uint2(ptx::load_or_zero_4(from, unit < unit_end),
+                                     ptx::load_or_zero_4(from + kMetadataUnitBytes, unit + 1 < unit_end));
+    }
+  }
+  // Point at a tile and ask for its first units.
+  __device__ __forceinline__ void begin(const KernelArguments& p, int first_tile, int chunk_begin, int end, int lane) {
+    const int64_t first = int64_t(min(first_tile, p.row_tiles - 1)) * p.units;
+    unit_end = end;
+    // outputs past the end are computed from others' weights and not stored
+    next_tile = first_tile + RowTiles <= p.row_tiles ? p.units : 0;
+    values = p.values + first * kUnitValueBytes + lane * 16;
+    metadata = p.metadata + first * kMetadataUnitBytes;
+    load_metadata(0, chunk_begin * kUnitsPerChunk, p.units, lane);
+#pragma unroll
+    for (int u = 0; u < Depth - 1; ++u) load_values(u, chunk_begin * kUnitsPerChunk + u);
+  }
+};
+
+template <typename T, int RowTiles, int Tokens, int Stages, int Depth, bool Split>
+__device__ __forceinline__ void produce(const KernelArguments& p, uint32_t ring, uint32_t full, uint32_t empty, int rank,
+                                        int chunk_begin, int chunk_end) {
+  using S = Shape<RowTiles, Tokens, Stages, Depth, Split>;
+  const int shared_by = Split ? 1 : p.cluster;
+  const int box = Tokens / shared_by;  // tokens that this block fetches
+  const int clusters = gridDim.x / p.cluster, tiles = p.group_sets * p.token_tiles;
+  Place<Stages> place;
+  ptx::wait_dependency();
+  for (int n = blockIdx.x / p.cluster; n < tiles; n += clusters) {
+    const int first = tile_at<Split>(p, n, rank).tokens * Tokens;
+    for (int unit = chunk_begin * kUnitsPerChunk; unit < chunk_end * kUnitsPerChunk; ++unit) {
+      const uint32_t barrier = full + place.stage * 8, to = ring + place.stage * S::kStageBytes;
+      ptx::barrier_wait(empty + place.stage * 8, place.parity ^ 1);
+      ptx::barrier_expect(barrier, S::kStageBytes);
+      if (shared_by == 1)
+        ptx::copy_box(to, &p.x, unit * kUnit, first, barrier);
+      else
+        ptx::copy_box_shared(to + rank * box * kUnitBytes, &p.x, unit * kUnit, first + rank * box, barrier,
+                             uint16_t((1 << shared_by) - 1));
+      place.next();
+    }
+  }
+}
+
+// Rounds and writes one warp's outputs of a tile, kStagedTokens tokens at a time, through its part of `staged`. Gated: the
+// first row tile is a gate, the second its factor, the activation SiLU. Others would be inlined for every number, and
+// code that does not fit the instruction cache costs more than a kernel of its own.
+template <typename T, int RowTiles, int Tokens, bool Gated>
+__device__ __forceinline__ void write_tile(const KernelArguments& p, const float (&sum)[RowTiles][Tokens / 2],
+                                           int first_output, int first_token, uint32_t staged, int row_bytes, int lane) {
+  const T* const bias = static_cast<const T*>(p.bias);
+  float added[RowTiles][2] = {};
+  if (bias != nullptr) {
+#pragma unroll
+    for (int r = 0; r < RowTiles; ++r)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int output = first_output + r * kRowTile + h * 8 + lane / 4;
+        if (output < p.N) added[r][h] = float(bias[output]);
+      }
+  }
+  const int width = Gated ? p.N / 2 : p.N, first = Gated ? first_output / 2 : first_output;
+  constexpr int kPieces = Gated ? 2 : RowTiles * 2;  // of 16 bytes, a token
+  const uint32_t my_row = staged + lane % 8 * row_bytes + lane / 8 * 16;
+#pragma unroll
+  for (int t = 0; t < Tokens; t += kStagedTokens) {
+    if (first_token + t >= p.M) break;
+#pragma unroll
+    for (int j = 0; j < kStagedTokens / 8; ++j) {
+      const int at = (t / 8 + j) * 4;
+      uint32_t v[RowTiles * 2];
+#pragma unroll
+      for (int r = 0; r < RowTiles; ++r)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float low = sum[r][at + 2 * h] + added[r][h], high = sum[r][at + 2 * h + 1] + added[r][h];
+          if constexpr (Gated) {
+            if (r == 1) continue;
+            low = activation(Activation::kSilu, low) * (sum[RowTiles - 1][at + 2 * h] + added[RowTiles - 1][h]);
+            high = activation(Activation::kSilu, high) * (sum[RowTiles - 1][at + 2 * h + 1] + added[RowTiles - 1][h]);
+          }
+          v[r * 2 + h] = pack(low, high, T{});
+        }
+      const uint32_t to = my_row + j * 8 * row_bytes;
+      if constexpr (kPieces == 4)
+        ptx::store_matrix_x4_transposed(to, v[0], v[1], v[RowTiles * 2 - 2], v[RowTiles * 2 - 1]);
+      else
+        ptx::store_matrix_x2_transposed(to, v[0], v[1]);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kStagedTokens * kPieces; i += 32) {
+      const int token = (i + lane) / kPieces, piece = (i + lane) % kPieces, output = first + piece * 8;
+      if (first_token + t + token >= p.M || output >= width) continue;
+      const uint4 v = ptx::load_shared_16(staged + token * row_bytes + piece * 16);
+      T* const to = static_cast<T*>(p.y) + int64_t(first_token + t + token) * width + output;
+      if (width % 8 == 0) {
+        *reinterpret_cast<uint4*>(to) = v;
+      } else {
+        const uint32_t parts[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int k = 0; k < 8; ++k)
+          if (output + k < width) reinterpret_cast<uint16_t*>(to)[k] = uint16_t(parts[k / 2] >> k % 2 * 16);
+      }
+    }
+    __syncwarp();
+  }
+}
+
+// Adds up what the blocks of a cluster have of one tile, and writes this block's share of it.
+template <typename T, int Outputs, int Tokens, int SumStride>
+__device__ __forceinline__ void write_sums(const KernelArguments& p, uint32_t sums, int first_output, int first_token,
+                                           int rank, int thread) {
+  const T* const bias = static_cast<const T*>(p.bias);
+  T* const y = static_cast<T*>(p.y);
+  const int tokens = min(Tokens, p.M - first_token), step = p.cluster * kWarps * 32;
+  auto total_at = [&](int token, int row) {
+    const uint32_t address = sums + (token * SumStride + row) * 4;
+    float4 part[kMaxSplits];
+#pragma unroll
+    for (int s = 0; s < kMaxSplits; ++s)
+      if (s < p.cluster) part[s] = ptx::load_cluster(address, s);
+    float4 total = part[0];
+#pragma unroll
+    for (int s = 1; s < kMaxSplits; ++s)
+      if (s < p.cluster) add(total, part[s]);
+    return total;
+  };
+  if (p.gated) {
+    constexpr int kQuads = Outputs / 8;
+    for (int i = rank * kWarps * 32 + thread; i < kQuads * tokens; i += step) {
+      const int token = i / kQuads, quad = i % kQuads, row = quad / 4 * 2 * kRowTile + quad % 4 * 4;
+      float4 gate = total_at(token, row), total = total_at(token, row + kRowTile);
+      add_bias(gate, bias, first_output + row, p.N);
+      add_bias(total, bias, first_output + row + kRowTile, p.N);
+      total.x *= activation(p.activation, gate.x);
+      total.y *= activation(p.activation, gate.y);
+      total.z *= activation(p.activation, gate.z);
+      total.w *= activation(p.activation, gate.w);
+      store_quad(y + int64_t(first_token + token) * (p.N / 2), first_output / 2 + quad * 4, p.N / 2, total);
+    }
+    return;
+  }
+  constexpr int kQuads = Outputs / 4;
+  for (int i = rank * kWarps * 32 + thread; i < kQuads * tokens; i += step) {
+    const int token = i / kQuads, row = i % kQuads * 4;
+    float4 total = total_at(token, row);
+    add_bias(total, bias, first_output + row, p.N);
+    if (p.activation != Activation::kNone) {
+      total.x = activation(p.activation, total.x);
+      total.y = activation(p.activation, total.y);
+      total.z = activation(p.activation, total.z);
+      total.w = activation(p.activation, total.w);
+    }
+    store_quad(y + int64_t(first_token + token) * p.N, first_output + row, p.N, total);
+  }
+}
+
+template <typename T, int RowTiles, int Tokens, int Stages, int Depth, bool Split, bool Gated>
+__device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring, uint32_t full, uint32_t empty,
+                                        uint32_t staged, unsigned char* shared, int rank, int chunk_begin, int chunk_end) {
+  using S = Shape<RowTiles, Tokens, Stages, Depth, Split>;
+  const int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
+  const int shared_by = Split ? 1 : p.cluster;
+  const int clusters = gridDim.x / p.cluster, tiles = p.group_sets * p.token_tiles;
+  const int unit_end = min(chunk_end * kUnitsPerChunk, p.units);
+  auto tile_of = [&](int n) { return tile_at<Split>(p, n, rank); };
+  auto first_tile = [&](const Tile& tile) { return (tile.group * kWarps + warp) * RowTiles; };
+
+  Products<T, RowTiles, Tokens, Stages, Depth> products;
+  Place<Stages> place;
+  int n = blockIdx.x / p.cluster;
+  if (n < tiles) products.begin(p, first_tile(tile_of(n)), chunk_begin, unit_end, lane);
+  ptx::wait_dependency();  // outputs may lie where the kernel before still reads
+  while (n < tiles) {
+    const Tile tile = tile_of(n);
+#pragma unroll
+    for (int r = 0; r < RowTiles; ++r)
+#pragma unroll
+      for (int i = 0; i < Tokens / 2; ++i) products.sum[r][i] = 0;
+
+    int last = -1;  // stage whose products are under way
+    auto release = [&]() {
+      if (last < 0) return;
+      if (shared_by == 1) {
+        if (lane == 0) ptx::barrier_arrive(empty + last * 8);
+      } else if (lane < shared_by) {
+        ptx::barrier_arrive_cluster(empty + last * 8, lane);
+      }
+    };
+    auto chunk_products = [&](auto parity, int chunk) {
+      constexpr int P = decltype(parity)::value;
+#pragma unroll
+      for (int u = 0; u < kUnitsPerChunk; ++u) {
+        constexpr int kBase = P * kUnitsPerChunk;
+        const int slot = (kBase + u) % Depth;
+        ptx::barrier_wait(full + place.stage * 8, place.parity);
+        const uint64_t b = wgmma::descriptor(ring + place.stage * S::kStageBytes, 0);
+        wgmma::fence();
+#pragma unroll
+        for (int r = 0; r < RowTiles; ++r)
+          wgmma::multiply<Tokens, 0>(products.sum[r], products.a[slot][r][0], b, u % 2 == 0 ? products.e[u / 2][r].x : products.e[u / 2][r].y, T{});
+#pragma unroll
+        for (int r = 0; r < RowTiles; ++r)
+          wgmma::multiply<Tokens, 1>(products.sum[r], products.a[slot][r][1], b + kBlock * 2 / 16, u % 2 == 0 ? products.e[u / 2][r].x : products.e[u / 2][r].y,
+                                     T{});
+        wgmma::commit();
+        wgmma::wait<1>();  // the unit before is done: its activations and registers are free
+        release();
+        last = place.stage;
+        place.next();
+        products.load_values((slot + Depth - 1) % Depth, chunk * kUnitsPerChunk + u + Depth - 1);
+        if (u % 2 == 0) products.load_metadata(u / 2 ^ 1, chunk * kUnitsPerChunk + u + 2, p.units, lane);
+      }
+    };
+    constexpr int kChunks = Depth > kUnitsPerChunk ? 2 : 1;  // until slots repeat
+    for (int chunk = chunk_begin; chunk < chunk_end; chunk += kChunks) {
+      chunk_products(Selector<0>{}, chunk);
+      if constexpr (kChunks == 2)
+        if (chunk + 1 < chunk_end) chunk_products(Selector<1>{}, chunk + 1);
+    }
+    wgmma::wait<0>();
+    release();
+    const int next = n + clusters;
+    const int output = tile.group * S::kOutputs + warp * RowTiles * kRowTile, token = tile.tokens * Tokens;
+    if constexpr (!Split) {
+      if (next < tiles) products.begin(p, first_tile(tile_of(next)), chunk_begin, unit_end, lane);
+      write_tile<T, RowTiles, Tokens, Gated>(p, products.sum, output, token,
+                                             staged + warp * kStagedTokens * S::kStagedRow, S::kStagedRow, lane);
+    } else {
+      asm volatile("bar.sync 1, 256;" ::: "memory");  // both warpgroups left the ring
+      float* const sums = reinterpret_cast<float*>(shared);
+      const int g = lane / 4, q = lane % 4;
+#pragma unroll
+      for (int r = 0; r < RowTiles; ++r)
+#pragma unroll
+        for (int i = 0; i < Tokens / 2; ++i)
+          sums[(i / 4 * 8 + 2 * q + i % 2) * S::kSumStride + (warp * RowTiles + r) * kRowTile + g + i % 4 / 2 * 8] =
+              products.sum[r][i];
+      ptx::cluster_sync();
+      write_sums<T, S::kOutputs, Tokens, S::kSumStride>(p, ring, tile.group * S::kOutputs, token, rank, thread);
+    }
+    n = next;
+  }
+}
+
+template <typename T, int RowTiles, int Tokens, int Stages, int Depth, bool Split, bool Gated>
+__device__ __forceinline__ void gemm24_block(const KernelArguments& p, unsigned char* given) {
+  using S = Shape<RowTiles, Tokens, Stages, Depth, Split>;
+  unsigned char* const shared = given + (1024 - ptx::shared_address(given) % 1024) % 1024;
+  const uint32_t ring = ptx::shared_address(shared), staged = ring + S::kRingBytes;
+  const uint32_t full = ring + S::kMainBytes, empty = full + Stages * 8;
+  const int rank = p.cluster == 1 ? 0 : blockIdx.x % p.cluster;
+  const int chunks = (p.units + kUnitsPerChunk - 1) / kUnitsPerChunk;
+  const int chunk_begin = Split ? chunks * rank / p.cluster : 0;
+  const int chunk_end = Split ? chunks * (rank + 1) / p.cluster : chunks;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < Stages; ++s) {
+      ptx::barrier_init(full + s * 8, 1);
+      ptx::barrier_init(empty + s * 8, kWarps * (Split ? 1 : p.cluster));
+    }
+    ptx::barrier_init_fence();
+  }
+  __syncthreads();
+  if (p.cluster > 1) ptx::cluster_sync();
+  ptx::launch_dependents();
+
+  if (threadIdx.x < 128) {
+    ptx::give_registers<kProducerRegisters>();
+    if (threadIdx.x == 0)
+      produce<T, RowTiles, Tokens, Stages, Depth, Split>(p, ring, full, empty, rank, chunk_begin, chunk_end);
+    __syncwarp();
+    if (Split) ptx::cluster_sync();
+  } else {
+    ptx::take_registers<kConsumerRegisters>();
+    consume<T, RowTiles, Tokens, Stages, Depth, Split, Gated>(p, ring, full, empty, staged, shared, rank, chunk_begin,
+                                                              chunk_end);
+  }
+  if (p.cluster > 1) ptx::cluster_sync();  // nobody's shared memory goes away while another block uses it
+}
+
+#endif
+
+template <typename T, int RowTiles, int Tokens, int Stages, int Depth, bool Split, bool Gated>
+__global__ void __launch_bounds__(kThreads, 1) gemm24_kernel(const __grid_constant__ KernelArguments p) {
+#if SPARSERT_WGMMA
+  extern __shared__ unsigned char shared[];
+  gemm24_block<T, RowTiles, Tokens, Stages, Depth, Split, Gated>(p, shared);
+#else
+  __trap();  // csrc/select.cpp picks this kernel on a Hopper only
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Host side.
+
+using Launcher = cudaError_t (*)(KernelArguments&, int multiprocessors, bool dependent_launch, cudaStream_t);
+
+template <typename T, int RowTiles, int Tokens, int Stages, int Depth, bool Split, bool Gated>
+cudaError_t launch(KernelArguments& arguments, int multiprocessors, bool dependent_launch, cudaStream_t stream) {
+  using S = Shape<RowTiles, Tokens, Stages, Depth, Split>;
+  auto kernel = gemm24_kernel<T, RowTiles, Tokens, Stages, Depth, Split, Gated>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
+  if (error != cudaSuccess) return error;
+  const int tiles = arguments.group_sets * arguments.token_tiles;  // for a cluster
+  const int clusters = Split ? tiles : min(tiles, multiprocessors / arguments.cluster);
+  return launch_kernel(kernel, arguments, {dim3(clusters * arguments.cluster), kThreads, S::kSharedBytes, arguments.cluster},
+                       dependent_launch, stream);
+}
+
+struct Config {
+  const char* name;
+  int outputs, tokens;  // of a block
+  bool split;           // a cluster splits the inputs, instead of sharing activations
+  Launcher launcher, gated_launcher;  // the second with SiLU, or null
+};
+
+template <typename T, int RowTiles, int Tokens, int Stages, int Depth, bool Split>
+constexpr Config make_config(const char* name) {
+  Config config = {name, kRowTile * RowTiles * kWarps, Tokens, Split,
+                   launch<T, RowTiles, Tokens, Stages, Depth, Split, false>, nullptr};
+  if constexpr (Split) config.gated_launcher = config.launcher;  // any activation, told by the arguments
+  if constexpr (!Split && RowTiles == 2) config.gated_launcher = launch<T, RowTiles, Tokens, Stages, Depth, Split, true>;
+  return config;
+}
+
+// Row tiles a warp, tokens, stages of the ring, units of weights in flight. csrc/gemm24_table.inc counts on the order.
+template <typename T>
+constexpr Config kConfigs[] = {
+    make_config<T, 2, 128, 8, 4, false>("256 outputs x 128 tokens"),
+    make_config<T, 1, 256, 5, 8, false>("128 outputs x 256 tokens"),
+    make_config<T, 1, 128, 8, 8, false>("128 outputs x 128 tokens"),
+    make_config<T, 1, 192, 6, 8, false>("128 outputs x 192 tokens"),
+    make_config<T, 2, 64, 12, 8, false>("256 outputs x 64 tokens"),
+    make_config<T, 1, 32, 16, 8, true>("128 outputs x 32 tokens, inputs split"),
+    make_config<T, 1, 64, 12, 8, true>("128 outputs x 64 tokens, inputs split"),
+    make_config<T, 1, 128, 8, 8, true>("128 outputs x 128 tokens, inputs split"),
+    make_config<T, 1, 256, 5, 8, true>("128 outputs x 256 tokens, inputs split"),
+    make_config<T, 2, 128, 8, 2, false>("256 outputs x 128 tokens D2"),
+    make_config<T, 2, 160, 7, 2, false>("256 outputs x 160 tokens D2"),
+    make_config<T, 1, 256, 5, 4, false>("128 outputs x 256 tokens D4"),
+};
+
+// Instantiated in a file for each number format, so that they compile side by side.
+extern const Config* const kBFloat16Configs;
+extern const Config* const kFloat16Configs;
+extern const int kConfigCount;
+
+}  // namespace sparsert::gemm24_detail
