@@ -71,6 +71,7 @@ struct Shape {
   static constexpr int kMainBytes = kRingBytes + kStagedBytes > kSumBytes ? kRingBytes + kStagedBytes : kSumBytes;
   static constexpr int kSharedBytes = kMainBytes + 2 * Stages * 8 + 1024;  // the ring starts at a multiple of 1,024
   static_assert(kSharedBytes <= 227 * 1024);
+  static_assert(Depth == 4 || Depth == 8);
 };
 
 #if SPARSERT_WGMMA
@@ -113,7 +114,7 @@ template <typename T, int RowTiles, int Tokens, int Stages, int Depth>
 struct Products {
   float sum[RowTiles][Tokens / 2];
   uint4 a[Depth][RowTiles][2];
-  uint2 e[2][RowTiles];  // metadata of two units at hand and of the next two
+  uint32_t e[2][RowTiles][Depth / 2];  // metadata of the batch at hand and of the next one
   const char* values;    // of the first tile and this lane
   const char* metadata;  // of the first tile
   int next_tile;         // units from a tile to the next; 0 where there is none
@@ -127,7 +128,7 @@ struct Products {
         a[slot][r][b] =
             ptx::load_or_zero_16(values + (unit + r * next_tile) * kUnitValueBytes + b * 512, unit < unit_end);
   }
-  // Of two units, an even one first. In a full chunk a lane's words lie side by side, in what is left over the units do.
+  // Of a batch that begins with `unit`. In a full chunk a lane's words lie side by side, in what is left over the units do.
   __device__ __forceinline__ void load_metadata(int slot, int unit, int units, int lane) {
     const int chunk = unit / kUnitsPerChunk * kUnitsPerChunk;
     const bool full = chunk + kUnitsPerChunk <= units;
@@ -135,9 +136,17 @@ struct Products {
 #pragma unroll
     for (int r = 0; r < RowTiles; ++r) {
       const char* const from = metadata + (chunk + r * next_tile) * kMetadataUnitBytes + at;
-      e[slot][r] = full ? ptx::load_or_zero_8(from, unit < unit_end)
-                        : make_uint2(ptx::load_or_zero_4(from, unit < unit_end),
-                                     ptx::load_or_zero_4(from + kMetadataUnitBytes, unit + 1 < unit_end));
+      uint32_t (&to)[Depth / 2] = e[slot][r];
+      if (!full) {
+#pragma unroll
+        for (int i = 0; i < Depth / 2; ++i) to[i] = ptx::load_or_zero_4(from + i * kMetadataUnitBytes, unit + i < unit_end);
+      } else if constexpr (Depth == 8) {
+        const uint4 v = ptx::load_or_zero_16(from, unit < unit_end);
+        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+      } else {
+        const uint2 v = ptx::load_or_zero_8(from, unit < unit_end);
+        to[0] = v.x, to[1] = v.y;
+      }
     }
   }
   // Point at a tile and ask for its first units.
@@ -150,7 +159,7 @@ struct Products {
     metadata = p.metadata + first * kMetadataUnitBytes;
     load_metadata(0, chunk_begin * kUnitsPerChunk, p.units, lane);
 #pragma unroll
-    for (int u = 0; u < Depth - 1; ++u) load_values(u, chunk_begin * kUnitsPerChunk + u);
+    for (int u = 0; u < Depth / 2; ++u) load_values(u, chunk_begin * kUnitsPerChunk + u);
   }
 };
 
@@ -304,6 +313,9 @@ __device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring,
   auto tile_of = [&](int n) { return tile_at<Split>(p, n, rank); };
   auto first_tile = [&](const Tile& tile) { return (tile.group * kWarps + warp) * RowTiles; };
 
+  // Units of weights are asked for in batches, one ahead: the hardware tells loads apart by six counters, so a wait for a
+  // load is one for all that were asked for since, and a request for each unit would be waited for at once.
+  constexpr int kBatch = Depth / 2;
   Products<T, RowTiles, Tokens, Stages, Depth> products;
   Place<Stages> place;
   int n = blockIdx.x / p.cluster;
@@ -336,18 +348,22 @@ __device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring,
         wgmma::fence();
 #pragma unroll
         for (int r = 0; r < RowTiles; ++r)
-          wgmma::multiply<Tokens, 0>(products.sum[r], products.a[slot][r][0], b, u % 2 == 0 ? products.e[u / 2][r].x : products.e[u / 2][r].y, T{});
+          wgmma::multiply<Tokens, 0>(products.sum[r], products.a[slot][r][0], b, products.e[slot / kBatch][r][slot % kBatch], T{});
 #pragma unroll
         for (int r = 0; r < RowTiles; ++r)
-          wgmma::multiply<Tokens, 1>(products.sum[r], products.a[slot][r][1], b + kBlock * 2 / 16, u % 2 == 0 ? products.e[u / 2][r].x : products.e[u / 2][r].y,
+          wgmma::multiply<Tokens, 1>(products.sum[r], products.a[slot][r][1], b + kBlock * 2 / 16, products.e[slot / kBatch][r][slot % kBatch],
                                      T{});
         wgmma::commit();
         wgmma::wait<1>();  // the unit before is done: its activations and registers are free
         release();
         last = place.stage;
         place.next();
-        products.load_values((slot + Depth - 1) % Depth, chunk * kUnitsPerChunk + u + Depth - 1);
-        if (u % 2 == 0) products.load_metadata(u / 2 ^ 1, chunk * kUnitsPerChunk + u + 2, p.units, lane);
+        if (u % kBatch == 0) {
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i)
+            products.load_values((slot + kBatch + i) % Depth, chunk * kUnitsPerChunk + u + kBatch + i);
+          products.load_metadata(slot / kBatch ^ 1, chunk * kUnitsPerChunk + u + kBatch, p.units, lane);
+        }
       }
     };
     constexpr int kChunks = Depth > kUnitsPerChunk ? 2 : 1;  // until slots repeat
@@ -462,21 +478,18 @@ constexpr Config make_config(const char* name) {
   return config;
 }
 
-// Row tiles a warp, tokens, stages of the ring, units of weights in flight. csrc/gemm24_table.inc counts on the order.
+// Row tiles a warp, tokens, stages of the ring, units of weights in flight. csrc/select.cpp counts on the order.
 template <typename T>
 constexpr Config kConfigs[] = {
-    make_config<T, 2, 128, 8, 4, false>("256 outputs x 128 tokens"),
-    make_config<T, 1, 256, 5, 8, false>("128 outputs x 256 tokens"),
-    make_config<T, 1, 128, 8, 8, false>("128 outputs x 128 tokens"),
-    make_config<T, 1, 192, 6, 8, false>("128 outputs x 192 tokens"),
-    make_config<T, 2, 64, 12, 8, false>("256 outputs x 64 tokens"),
+    make_config<T, 2, 128, 10, 4, false>("256 outputs x 128 tokens"),
+    make_config<T, 1, 256, 6, 8, false>("128 outputs x 256 tokens"),
+    make_config<T, 1, 192, 8, 8, false>("128 outputs x 192 tokens"),
+    make_config<T, 1, 128, 12, 8, false>("128 outputs x 128 tokens"),
+    make_config<T, 2, 64, 16, 8, false>("256 outputs x 64 tokens"),
     make_config<T, 1, 32, 16, 8, true>("128 outputs x 32 tokens, inputs split"),
-    make_config<T, 1, 64, 12, 8, true>("128 outputs x 64 tokens, inputs split"),
-    make_config<T, 1, 128, 8, 8, true>("128 outputs x 128 tokens, inputs split"),
-    make_config<T, 1, 256, 5, 8, true>("128 outputs x 256 tokens, inputs split"),
-    make_config<T, 2, 128, 8, 2, false>("256 outputs x 128 tokens D2"),
-    make_config<T, 2, 160, 7, 2, false>("256 outputs x 160 tokens D2"),
-    make_config<T, 1, 256, 5, 4, false>("128 outputs x 256 tokens D4"),
+    make_config<T, 1, 64, 16, 8, true>("128 outputs x 64 tokens, inputs split"),
+    make_config<T, 1, 128, 12, 8, true>("128 outputs x 128 tokens, inputs split"),
+    make_config<T, 1, 256, 6, 8, true>("128 outputs x 256 tokens, inputs split"),
 };
 
 // Instantiated in a file for each number format, so that they compile side by side.
