@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from tiny_families import make_variant, prune_blocks_
 from tiny_llama import greedy_reference, magnitude_prune_, make_llama, random_prompts, save
 from torch import Tensor
 
-from sparsert.checkpoint import Checkpoint, convert_checkpoint, open_checkpoint
+from sparsert.checkpoint import convert_checkpoint, open_checkpoint
+from sparsert.checkpoint.tensor_stream import TensorStream
 from sparsert.engine import LLM, SamplingParams
 from sparsert.errors import CheckpointError
 from sparsert.models import load_model
@@ -45,13 +47,13 @@ def test_the_same_model(directories: tuple[Path, Path], dtype: str) -> None:
 
 
 def test_no_dense_weight_is_made(directories: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Checkpoint.read
+    read = TensorStream.read
 
-    def refuse(self: Checkpoint, name: str) -> Tensor:
+    def refuse(self: TensorStream, name: str, *arguments: Any) -> Tensor:
         assert not name.endswith("_proj.weight"), "a packed weight was expanded"
-        return read(self, name)
+        return read(self, name, *arguments)
 
-    monkeypatch.setattr(Checkpoint, "read", refuse)
+    monkeypatch.setattr(TensorStream, "read", refuse)
     load_model(open_checkpoint(directories[1]), device="cpu", plan=LayerPlan.remove(3, [1], force=True))
 
 
