@@ -14,6 +14,7 @@ head and norms are always dense. Values that are not finite are refused.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from sparsert import ops
 from sparsert.checkpoint import Checkpoint, MaskFile
+from sparsert.checkpoint.mask_stream import MaskStream
 from sparsert.checkpoint.stored import BITMASK_24
 from sparsert.checkpoint.tensor_stream import TensorStream
 from sparsert.errors import CheckpointError, UnsupportedError
@@ -90,8 +92,12 @@ def load_model(
     _check_backend(config, backend, target, run_dtype)
     linears: dict[str, LinearRecord] = {}
     notes: list[str] = []
-    with torch.no_grad(), TensorStream(checkpoint, target) as stream:
-        reader = ModelReader(stream, run_dtype)
+    with torch.no_grad(), contextlib.ExitStack() as opened:
+        reader = ModelReader(opened.enter_context(TensorStream(checkpoint, target)), run_dtype)
+        given = None
+        if masks is not None:
+            shapes = {name: checkpoint.shape(name) for name in names.linear_tensors(plan)}
+            given = opened.enter_context(MaskStream(masks, shapes, target))
         _load_embeddings(model, names, reader, tied, notes)
         model.norm.weight, model.norm.bias = reader.norm(names.norm, config.norm)
         for place, original in enumerate(_with_progress(plan.kept, progress)):
@@ -101,7 +107,7 @@ def load_model(
                 place_norm(block, name, *reader.norm(names.block_norm(original, name), config.norm))
             for name, shape in config.block_linears(original, plan).items():
                 stored = names.block_linear(original, name)
-                linear, linears[stored.label] = _load_linear(stored, shape, reader, masks, mask_maker, backend)
+                linear, linears[stored.label] = _load_linear(stored, shape, reader, given, mask_maker, backend)
                 place_linear(block, name, linear)
                 del linear
             reader.check_finite()
@@ -203,7 +209,7 @@ def _load_linear(
     stored: StoredLinear,
     shape: LinearShape,
     reader: ModelReader,
-    masks: MaskFile | None,
+    masks: MaskStream | None,
     mask_maker: Callable[[Tensor], Tensor] | None,
     backend: str,
 ) -> tuple[nn.Module, LinearRecord]:
@@ -230,7 +236,7 @@ def _find_mask(
     stored: StoredLinear,
     weight: Tensor,
     checkpoint: Checkpoint,
-    masks: MaskFile | None,
+    masks: MaskStream | None,
     mask_maker: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor | None, str, bool]:
     """Mask of a weight (None: its own zeros), where it comes from, and whether to pack."""
@@ -239,7 +245,7 @@ def _find_mask(
         return None, f"input width {weight.shape[1]} is no multiple of 4", False
     if masks is not None and name in masks:
         mask = masks.mask(name, tuple(checkpoint.shape(name)))
-        return (mask if stored.rows is None else mask[slice(*stored.rows)]).to(weight.device), "mask file", True
+        return mask if stored.rows is None else mask[slice(*stored.rows)], "mask file", True
     if mask_maker is not None:
         return mask_maker(weight), "mask maker", True
     if checkpoint.claims_two_of_four(name):

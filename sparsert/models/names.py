@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Container
 
 from sparsert.models.config import DecoderConfig
+from sparsert.schedule import LayerPlan
 
 _PRE_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 _PRE_AND_POST_NORMS = {
@@ -121,13 +122,16 @@ class TensorNames:
                     prefixes += [f"{self.block_norm(block, part + kind)}." for kind in ("_norm", "_post_norm")]
         return tuple(prefixes)
 
-    def linear_tensors(self) -> list[str]:
-        """Names of the weights of all linear layers of blocks, each once: what 2:4 pruning is about."""
+    def linear_tensors(self, plan: LayerPlan | None = None) -> list[str]:
+        """Names of the weights of all linear layers of blocks, or of those that a plan runs, each once, in order.
+
+        These are what 2:4 pruning is about.
+        """
         config = self._config
         return list(
             dict.fromkeys(
                 f"{self.block_linear(block, name).tensor}.weight"
-                for block in range(config.num_blocks)
-                for name in config.block_linears(block)
+                for block in (range(config.num_blocks) if plan is None else plan.kept)
+                for name in config.block_linears(block, plan)
             )
         )
