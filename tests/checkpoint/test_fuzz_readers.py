@@ -130,8 +130,13 @@ def read_directory(directory: Path) -> None:
     report.to_text()
 
 
+def all_bytes(tensor: torch.Tensor) -> bytes:
+    content: bytes = tensor.contiguous().reshape(-1).clone().view(torch.uint8).numpy().tobytes()
+    return content
+
+
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    return all_bytes(one) == all_bytes(other)
 
 
 def read_masks(file: Path) -> None:
