@@ -148,7 +148,7 @@ def read_masks(file: Path) -> None:
 
 
 def read_order(file: Path) -> None:
-    LayerPlan.from_order_file(32, file, 3)
+    LayerPlan.remove(32, order=(file, 3))
 
 
 def read_gguf(file: Path) -> None:
