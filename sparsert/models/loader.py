@@ -149,11 +149,10 @@ def _check_tensors(checkpoint: Checkpoint, config: DecoderConfig, names: TensorN
             f"{where}: {len(missing)} tensors are missing: {_shown(missing)}; the checkpoint is incomplete, or "
             f"config.json (num_hidden_layers {config.num_blocks}) is of another model"
         )
-    absent = names.absent()
     unexpected = [
         name
         for name in checkpoint.names
-        if name not in expected and not name.startswith(absent) and not _DERIVED.search(name)
+        if name not in expected and not names.is_absent(name) and not _DERIVED.search(name)
     ]
     if unexpected:
         raise CheckpointError(
