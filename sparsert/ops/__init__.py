@@ -1,7 +1,14 @@
 """The one door to a kernel: operators, their CPU reference, and the choice between implementations."""
 
 from sparsert.ops.activation import ACTIVATIONS, activate
-from sparsert.ops.attention import AttentionShape, decode_attention, explain_attention, rotate, split_heads
+from sparsert.ops.attention import (
+    AttentionShape,
+    decode_attention,
+    explain_attention,
+    masked_attention,
+    rotate,
+    split_heads,
+)
 from sparsert.ops.choice import BACKENDS, CAPABILITIES, Capability, Choice
 from sparsert.ops.dense import dense_linear
 from sparsert.ops.linear24 import explain, fuses24, linear24, linear24_close, linear24_open
@@ -27,6 +34,7 @@ __all__ = [
     "linear24",
     "linear24_close",
     "linear24_open",
+    "masked_attention",
     "pack",
     "pack_bitmask",
     "residual_norm",
