@@ -39,14 +39,16 @@ class Staging:
 
     Args:
         device: where tensors are filled.
-        piece_bytes: size of a piece, a multiple of 8.
-        pieces: how many there are.
+        piece_bytes: size of a piece, a multiple of 8; default :data:`PIECE_BYTES`.
+        pieces: how many there are; default :data:`PIECES`.
 
     Raises:
         ValueError: sizes that cannot be.
     """
 
-    def __init__(self, device: torch.device, *, piece_bytes: int = PIECE_BYTES, pieces: int = PIECES) -> None:
+    def __init__(self, device: torch.device, *, piece_bytes: int | None = None, pieces: int | None = None) -> None:
+        piece_bytes = PIECE_BYTES if piece_bytes is None else piece_bytes
+        pieces = PIECES if pieces is None else pieces
         if piece_bytes < 8 or piece_bytes % 8 or pieces < 1:
             raise ValueError(f"{pieces} pieces of {piece_bytes} bytes: need at least one, of a multiple of 8 bytes")
         self.device = device
