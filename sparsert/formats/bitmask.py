@@ -196,15 +196,34 @@ def _nibble_bytes(compressed: Tensor, bitmask: Tensor, shape: Tensor | Sequence[
     With an odd number of groups the high nibble of a row's last byte stands for nothing.
     """
     _, columns = _check_sizes(compressed, bitmask, shape, name)
+    return byte_lookup(_NIBBLES_OF_MASKS, _checked_bits(bitmask, columns, name)), columns
+
+
+def check_bitmask(bitmask: Tensor, columns: int, name: str = "weight") -> None:
+    """Check the bits of sparse-24-bitmask.
+
+    Args:
+        bitmask: uint8 ``[rows, ceil(columns / 8)]``.
+        columns: of the weight, a multiple of 4.
+        name: tensor name for errors.
+
+    Raises:
+        SparsityError: a group does not have exactly two bits, or bits are set past the last column.
+    """
+    _checked_bits(bitmask, columns, name)
+
+
+def _checked_bits(bitmask: Tensor, columns: int, name: str) -> Tensor:
+    """The bitmask, with any two bits for the half of a row's last byte that stands for nothing."""
     if columns % 8:
         if bool((bitmask[:, -1] > 0x0F).any()):
             row = int((bitmask[:, -1] > 0x0F).to(torch.uint8).argmax())
             raise SparsityError(f"{name}: row {row} of the bitmask has bits past its {columns} columns; it is damaged")
         bitmask = bitmask.clone()
-        bitmask[:, -1] |= 0xC0  # any two bits: the padding of the packed layout takes their place
+        bitmask[:, -1] |= 0xC0  # the padding of the packed layout takes their place
     if not bool(byte_lookup(_ALL_TWO_BITS, bitmask).all()):
         raise _bits_error(bitmask, name)
-    return byte_lookup(_NIBBLES_OF_MASKS, bitmask), columns
+    return bitmask
 
 
 def _check_sizes(compressed: Tensor, bitmask: Tensor, shape: Tensor | Sequence[int], name: str) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from sparsert.checkpoint.mask_stream import MaskStream
 from sparsert.checkpoint.stored import BITMASK_24
 from sparsert.checkpoint.tensor_stream import TensorStream
 from sparsert.errors import CheckpointError, UnsupportedError
-from sparsert.formats.groups import count_groups
+from sparsert.formats import Packed24
 from sparsert.models.config import DecoderConfig, LinearShape
 from sparsert.models.decoder import DecoderBlock, DecoderModel
 from sparsert.models.linears import dense_linear
@@ -110,9 +110,9 @@ def load_model(
                 linear, linears[stored.label] = _load_linear(stored, shape, reader, given, mask_maker, backend)
                 place_linear(block, name, linear)
                 del linear
-            reader.check_finite()
+            reader.check()
             join_groups_(block)
-        reader.check_finite()
+        reader.check()
     kept_dense = dense_warning(linears)
     if kept_dense:
         notes.append(kept_dense)
@@ -223,36 +223,36 @@ def _load_linear(
         return SparseLinear.from_packed(packed, bias, backend=backend), record
     weight = reader.read(f"{stored.tensor}.weight", stored.rows)
     bias = reader.read(f"{stored.tensor}.bias", stored.rows) if shape.bias else None
-    mask, reason, packable = _find_mask(stored, weight, reader.checkpoint, masks, mask_maker)
-    if packable:
-        packed = ops.pack(weight, mask, name=stored.label)
-        record = LinearRecord("2:4", reason, packed.nbytes, weight.nbytes)
-        return SparseLinear.from_packed(packed, bias, backend=backend), record
+    packed24, reason = _pack(stored, weight, reader.checkpoint, masks, mask_maker)
+    if packed24 is not None:
+        record = LinearRecord("2:4", reason, packed24.nbytes, weight.nbytes)
+        return SparseLinear.from_packed(packed24, bias, backend=backend), record
     return dense_linear(weight, bias), LinearRecord("dense", reason, weight.nbytes, weight.nbytes)
 
 
-def _find_mask(
+def _pack(
     stored: StoredLinear,
     weight: Tensor,
     checkpoint: Checkpoint,
     masks: MaskStream | None,
     mask_maker: Callable[[Tensor], Tensor] | None,
-) -> tuple[Tensor | None, str, bool]:
-    """Mask of a weight (None: its own zeros), where it comes from, and whether to pack."""
+) -> tuple[Packed24 | None, str]:
+    """A weight packed, and by what; or None, and why it stays dense."""
     name = f"{stored.tensor}.weight"
     if weight.shape[1] % 4:
-        return None, f"input width {weight.shape[1]} is no multiple of 4", False
+        return None, f"input width {weight.shape[1]} is no multiple of 4"
     if masks is not None and name in masks:
         mask = masks.mask(name, tuple(checkpoint.shape(name)))
-        return mask if stored.rows is None else mask[slice(*stored.rows)], "mask file", True
+        mask = mask if stored.rows is None else mask[slice(*stored.rows)]
+        return ops.pack(weight, mask, name=stored.label), "mask file"
     if mask_maker is not None:
-        return mask_maker(weight), "mask maker", True
+        return ops.pack(weight, mask_maker(weight), name=stored.label), "mask maker"
     if checkpoint.claims_two_of_four(name):
-        return None, "zeros in the weight", True  # packing refuses it if the claim is wrong
-    _, too_full, _ = count_groups(weight)
-    if too_full == 0:
-        return None, "zeros in the weight", True
-    return None, f"{too_full} of {weight.numel() // 4} groups of four keep more than 2 values", False
+        return ops.pack(weight, name=stored.label), "zeros in the weight"  # refused if the claim is wrong
+    packed, too_full = ops.pack_if_24(weight, name=stored.label)
+    if packed is None:
+        return None, f"{too_full} of {weight.numel() // 4} groups of four keep more than 2 values"
+    return packed, "zeros in the weight"
 
 
 def place_linear(block: DecoderBlock, name: str, linear: nn.Module) -> None:

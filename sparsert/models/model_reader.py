@@ -1,10 +1,14 @@
-"""The tensors of a checkpoint in the dtype and on the device of the model that is loaded, checked to be finite.
+"""The tensors of a checkpoint in the dtype and on the device of the model that is loaded, checked for damage.
 
-Whether values are finite is asked on the device and answered a block at a time: an answer for each tensor would let
-device and disk wait for each other once a tensor. What is loaded before the answer is thrown away with the error.
+Whether values are finite and bitmasks 2:4 is asked on the device and answered a block at a time: an answer for each
+tensor would let device and disk wait for each other once a tensor. What was loaded before a bad answer is thrown away
+with the error. What it gives up: the bitmasks of a block, a sixteenth of its dense size, are held until then.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +36,13 @@ class ModelReader:
     def __init__(self, stream: TensorStream, dtype: torch.dtype) -> None:
         self.checkpoint, self.dtype = stream.checkpoint, dtype
         self._stream = stream
-        self._unchecked: list[tuple[str, torch.dtype, Tensor]] = []
+        #: on the device, whether something is right, and what raises if it is not
+        self._unchecked: list[tuple[Tensor, Callable[[], None]]] = []
 
     def read(self, name: str, rows: tuple[int, int] | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor, or some of its rows, in ``dtype`` or else the model's."""
         tensor = self._stream.read(name, dtype or self.dtype, rows)
-        self._remember(name, tensor)
+        self._check_later(name, tensor)
         return tensor
 
     def read_packed(self, stored: StoredLinear) -> Packed24:
@@ -48,11 +53,17 @@ class ModelReader:
         """
         name = f"{stored.tensor}.weight"
         compressed, bitmask = self._stream.read_packed(name, self.dtype, stored.rows)
-        self._remember(name, compressed)
-        try:
-            return ops.pack_bitmask(compressed, bitmask, self.checkpoint.shape(name)[1], name=stored.label)
-        except (InputError, SparsityError) as error:
-            raise CheckpointError(f"{self.checkpoint.file(name)}: {error}") from error
+        self._check_later(name, compressed)
+        columns = self.checkpoint.shape(name)[1]
+        with self._as_damage(name):
+            packed, bad = ops.pack_bitmask_unchecked(compressed, bitmask, columns, name=stored.label)
+
+        def refuse() -> None:
+            with self._as_damage(name):
+                ops.refuse_bitmask(bitmask, columns, stored.label)
+
+        self._unchecked.append((bad == 0, refuse))
+        return packed
 
     def parameter(self, name: str, *, dtype: torch.dtype | None = None) -> nn.Parameter:
         """One tensor as a parameter without gradient."""
@@ -66,26 +77,27 @@ class ModelReader:
             weight.add_(1)
         return weight, self.parameter(f"{name}.bias", dtype=dtype) if config.centered else None
 
-    def _remember(self, name: str, tensor: Tensor) -> None:
-        if tensor.numel():
-            # of extremes, because isfinite() would take as much memory again, and both pass a NaN on
-            finite = torch.stack(torch.aminmax(tensor)).isfinite().all()
-            self._unchecked.append((name, tensor.dtype, finite))
-
-    def check_finite(self) -> None:
-        """Refuse values that are not finite among all that was read since the last call; waits for the device.
+    def check(self) -> None:
+        """Refuse what is damaged in all that was read since the last call; waits for the device.
 
         Raises:
-            CheckpointError: a tensor holds NaN or infinite values, or float16 cannot hold them.
+            CheckpointError: a tensor holds NaN or infinite values, or float16 cannot hold them; a bitmask is no 2:4.
         """
         unchecked, self._unchecked = self._unchecked, []
         if not unchecked:
             return
-        for (name, dtype, _), finite in zip(
-            unchecked, torch.stack([finite for _, _, finite in unchecked]).tolist(), strict=True
-        ):
-            if finite:
-                continue
+        right = torch.stack([flag for flag, _ in unchecked]).tolist()
+        for is_right, (_, refuse) in zip(right, unchecked, strict=True):
+            if not is_right:
+                refuse()
+
+    def _check_later(self, name: str, tensor: Tensor) -> None:
+        """Remember to ask whether the values of a tensor are finite."""
+        if not tensor.numel():
+            return
+        dtype = tensor.dtype
+
+        def refuse() -> None:
             if dtype == torch.float16 and self.checkpoint.dtype(name) != torch.float16:
                 raise CheckpointError(
                     f"{name}: has values beyond float16's range (65504) or not finite; use --dtype bfloat16"
@@ -94,3 +106,14 @@ class ModelReader:
                 f"{self.checkpoint.file(name)}: {name!r} holds NaN or infinite values; the checkpoint is damaged, "
                 "fetch it again"
             )
+
+        # of extremes, because isfinite() would take as much memory again, and both pass a NaN on
+        self._unchecked.append((torch.stack(torch.aminmax(tensor)).isfinite().all(), refuse))
+
+    @contextlib.contextmanager
+    def _as_damage(self, name: str) -> Iterator[None]:
+        """What is wrong with the parts of a tensor is damage of its file."""
+        try:
+            yield
+        except (InputError, SparsityError) as error:
+            raise CheckpointError(f"{self.checkpoint.file(name)}: {error}") from error

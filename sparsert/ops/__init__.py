@@ -13,7 +13,7 @@ from sparsert.ops.choice import BACKENDS, CAPABILITIES, Capability, Choice
 from sparsert.ops.dense import dense_linear
 from sparsert.ops.linear24 import explain, fuses24, linear24, linear24_close, linear24_open
 from sparsert.ops.norm import DeferredNorm, residual_norm
-from sparsert.ops.pack import pack, pack_bitmask, unpack
+from sparsert.ops.pack import pack, pack_bitmask, pack_bitmask_unchecked, pack_if_24, refuse_bitmask, unpack
 from sparsert.ops.tiles import Tiled, to_rows
 
 __all__ = [
@@ -37,6 +37,9 @@ __all__ = [
     "masked_attention",
     "pack",
     "pack_bitmask",
+    "pack_bitmask_unchecked",
+    "pack_if_24",
+    "refuse_bitmask",
     "residual_norm",
     "rotate",
     "split_heads",

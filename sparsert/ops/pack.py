@@ -12,13 +12,14 @@ two permutations and a table look-up are fast enough.
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from sparsert.errors import InputError, UnsupportedError
-from sparsert.formats.bitmask import check_packable_parts, from_bitmask
+from sparsert.errors import InputError, SparsityError, UnsupportedError
+from sparsert.formats.bitmask import check_bitmask, check_packable_parts, from_bitmask
+from sparsert.formats.groups import count_groups
 from sparsert.formats.nibbles import sparsity_error
 from sparsert.formats.packed import (
     Packed24,
@@ -94,11 +95,47 @@ def pack(weight: Tensor, mask: Tensor | None = None, *, name: str = "weight", ba
     implementation = choose_packer(weight.device, backend)
     if implementation == "reference":
         return pack_reference(weight, mask, name)
+    packed, bad_groups, first_group = _run_packer(weight, mask, implementation)
+    if bad_groups:
+        raise sparsity_error(name, bad_groups, rows, columns, first_group)
+    return packed
+
+
+def pack_if_24(weight: Tensor, *, name: str = "weight") -> tuple[Packed24 | None, int]:
+    """Pack a weight if its zeros make it 2:4, and otherwise say how far it is from that.
+
+    Counting first and packing then would read the weight twice and wait for the GPU twice.
+
+    Args:
+        weight: as for :func:`pack`.
+        name: tensor name for errors.
+
+    Returns:
+        The packed weight and 0, or None and the number of groups that keep three or four values.
+
+    Raises:
+        InputError: see :func:`pack`.
+
+    Example:
+        >>> pack_if_24(torch.tensor([[1.0, 0.0, 2.0, 3.0, 0.0, 0.0, 0.0, 4.0]]))
+        (None, 1)
+    """
+    check_packable(weight, None, name)
+    implementation = choose_packer(weight.device, "auto")
+    if implementation == "reference":
+        _, bad_groups, _ = count_groups(weight)
+        return (None, bad_groups) if bad_groups else (pack_reference(weight, None, name), 0)
+    packed, bad_groups, _ = _run_packer(weight, None, implementation)
+    return (None, bad_groups) if bad_groups else (packed, 0)
+
+
+def _run_packer(weight: Tensor, mask: Tensor | None, implementation: str) -> tuple[Packed24, int, int]:
+    """Packed weight, number of groups that keep more than two values, and the first of them."""
+    rows, columns = weight.shape
     if mask is not None:
         mask = (mask if mask.dtype in (torch.bool, torch.uint8) else mask != 0).contiguous()
     if weight.stride(1) != 1:
         weight = weight.contiguous()
-
     if implementation == "triton":
         from sparsert.kernels.pack24 import pack24
 
@@ -108,9 +145,7 @@ def pack(weight: Tensor, mask: Tensor | None = None, *, name: str = "weight", ba
         packed = _empty_packed(rows, columns, weight)
         stats = _pack_native(weight, mask, packed)
     bad_groups, first_group = stats.tolist()
-    if bad_groups:
-        raise sparsity_error(name, bad_groups, rows, columns, first_group)
-    return packed
+    return packed, bad_groups, first_group
 
 
 def pack_bitmask(compressed: Tensor, bitmask: Tensor, in_features: int, *, name: str = "weight") -> Packed24:
@@ -130,31 +165,58 @@ def pack_bitmask(compressed: Tensor, bitmask: Tensor, in_features: int, *, name:
         InputError: shapes, dtypes or devices do not fit.
 
     Note:
-        Waits for the GPU once, to read whether all bits were right.
+        Waits for the GPU once, to read whether all bits were right; :func:`pack_bitmask_unchecked` does not.
 
     Example:
         >>> values, bits = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[105]], dtype=torch.uint8)
         >>> unpack(pack_bitmask(values, bits, 8)).tolist()
         [[1.0, 0.0, 0.0, 2.0, 0.0, 3.0, 4.0, 0.0]]
     """
+    packed, bad = pack_bitmask_unchecked(compressed, bitmask, in_features, name=name)
+    if bool(bad):
+        refuse_bitmask(bitmask, in_features, name)
+    return packed
+
+
+def pack_bitmask_unchecked(
+    compressed: Tensor, bitmask: Tensor, in_features: int, *, name: str = "weight"
+) -> tuple[Packed24, Tensor]:
+    """:func:`pack_bitmask` that does not wait for a GPU: for many weights after another.
+
+    Returns:
+        The packed weight, and an int32 ``[]`` on its device that is not 0 if bits are wrong. Then the weight means
+        nothing, and :func:`refuse_bitmask` says what is wrong. On a CPU wrong bits raise at once.
+
+    Raises:
+        SparsityError, InputError: see :func:`pack_bitmask`.
+    """
     shape = len(compressed), in_features
     if compressed.device.type != "cuda" or choose_packer(compressed.device, "auto") != "native":
-        return from_bitmask(compressed, bitmask, shape, name)
+        packed = from_bitmask(compressed, bitmask, shape, name)
+        return packed, torch.zeros((), dtype=torch.int32, device=compressed.device)
     rows, columns = check_packable_parts(compressed, bitmask, shape, name)
     packed = _empty_packed(rows, columns, compressed)
     # a pair of values is read at once
     compressed = _aligned(compressed, 2 * compressed.element_size())
     bitmask = bitmask.contiguous()
-    bad = torch.zeros(1, dtype=torch.int32, device=compressed.device)
+    bad = torch.zeros((), dtype=torch.int32, device=compressed.device)
     extension: Any = native.module()
     with torch.cuda.device(compressed.device):
         extension.pack24_bitmask_cuda(
             compressed.data_ptr(), bitmask.data_ptr(), packed.values.data_ptr(), packed.metadata.data_ptr(),
             bad.data_ptr(), rows, columns, dtype_code(compressed.dtype), native.stream(compressed.device),
         )  # fmt: skip
-    if bool(bad):
-        return from_bitmask(compressed, bitmask, shape, name)  # finds the place and raises
-    return packed
+    return packed, bad
+
+
+def refuse_bitmask(bitmask: Tensor, in_features: int, name: str) -> NoReturn:
+    """Raise what is wrong with a bitmask that a kernel found to be wrong.
+
+    Raises:
+        SparsityError: always, with the place.
+    """
+    check_bitmask(bitmask, in_features, name)
+    raise SparsityError(f"{name}: the GPU found groups without exactly 2 of 4 bits; its memory or driver is at fault")
 
 
 def _aligned(matrix: Tensor, nbytes: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from random_24 import random_24
@@ -10,6 +12,9 @@ from sparsert import ops
 from sparsert.errors import InputError, SparsityError, UnsupportedError
 from sparsert.formats import pack_reference, unpack_reference
 from sparsert.formats.bitmask import bitmask_from_dense
+
+#: The module, whose name is also that of its function.
+pack_module = importlib.import_module("sparsert.ops.pack")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -162,3 +167,39 @@ def test_parts_that_do_not_fit(device: str) -> None:
         ops.pack_bitmask(values, bits.int(), 16)
     with pytest.raises(InputError, match=r"got compressed torch\.int8"):
         ops.pack_bitmask(values.to(torch.int8), bits, 16)
+
+
+@pytest.mark.gpu
+def test_wrong_bits_are_told_later() -> None:
+    parts = bitmask_from_dense(random_24(21, 100, dtype=torch.bfloat16))
+    compressed, bitmask = parts["compressed"].cuda(), parts["bitmask"].cuda()
+    _, bad = ops.pack_bitmask_unchecked(compressed, bitmask, 100)
+    assert bad.shape == () and not bad
+    bitmask[20, 0] = 0x23
+    _, bad = ops.pack_bitmask_unchecked(compressed, bitmask, 100)
+    assert bool(bad)
+    with pytest.raises(SparsityError, match=r"w: 1 groups of the bitmask .* row 20, columns 4-7 \(1 bits\)"):
+        ops.refuse_bitmask(bitmask, 100, "w")
+
+
+def test_a_bitmask_is_not_refused_in_silence() -> None:
+    bitmask = torch.full((3, 2), 0x33, dtype=torch.uint8)
+    with pytest.raises(SparsityError, match="w: the GPU found groups .* its memory or driver is at fault"):
+        ops.refuse_bitmask(bitmask, 16, "w")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("native", [True, False])
+def test_packed_if_its_zeros_allow(device: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(pack_module, "choose_packer", lambda device, backend: "reference")
+    weight = random_24(33, 100, dtype=torch.float16, device=device)
+    packed, too_full = ops.pack_if_24(weight)
+    assert packed is not None and too_full == 0
+    expected = pack_reference(weight.cpu())
+    assert torch.equal(packed.values.cpu(), expected.values) and torch.equal(packed.metadata.cpu(), expected.metadata)
+    weight[32, 96:99] = 1
+    weight[0, :4] = 2
+    assert ops.pack_if_24(weight) == (None, 2)
+    with pytest.raises(InputError, match="input width 6 is no multiple of 4"):
+        ops.pack_if_24(torch.zeros(4, 6))
