@@ -49,6 +49,11 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return dense, directory
 
 
+def prompts(mode: str) -> list[list[int]]:
+    """Of different lengths; one where each would be compiled anew."""
+    return random_prompts([17] if mode == "compiled" else [5, 17, 70])
+
+
 def load(directory: Path, device: str, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, device_map=device, dtype=dtype)
 
@@ -72,7 +77,7 @@ def test_fp32_tokens_are_those_of_our_engine(packed: tuple[Any, Path], device: s
     model, llm = load(packed[1], device, torch.float32), LLM(packed[1], device=device, dtype="float32")
     layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
     assert len(layers) == 7 * 4 and all(layer.values.device.type == device for layer in layers)
-    for prompt in random_prompts([5, 17, 70]):
+    for prompt in prompts(mode):
         expected = generate_ours(llm, prompt)
         assert len(expected) == NEW_TOKENS and generate(model, prompt, **MODES[mode]) == expected
 
@@ -86,10 +91,10 @@ def test_bf16_tokens_are_as_good_as_dense_ones(packed: tuple[Any, Path], device:
         assert choice.kernel == "mma_sp", str(choice)
     if mode == "our engine":
         llm = LLM(directory, device=device, dtype="bfloat16")
-        texts = [(prompt, generate_ours(llm, prompt)) for prompt in random_prompts([5, 17, 70])]
+        texts = [(prompt, generate_ours(llm, prompt)) for prompt in prompts(mode)]
     else:
         model = load(directory, device, torch.bfloat16)
-        texts = [(prompt, generate(model, prompt, **MODES[mode])) for prompt in random_prompts([5, 17, 70])]
+        texts = [(prompt, generate(model, prompt, **MODES[mode])) for prompt in prompts(mode)]
     for prompt, tokens in texts:
         exact, error = _logits(dense, prompt, tokens)
         chosen = exact.gather(1, torch.tensor(tokens)[:, None])[:, 0]

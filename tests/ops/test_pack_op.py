@@ -184,7 +184,7 @@ def test_wrong_bits_are_told_later() -> None:
 
 def test_a_bitmask_is_not_refused_in_silence() -> None:
     bitmask = torch.full((3, 2), 0x33, dtype=torch.uint8)
-    with pytest.raises(SparsityError, match="w: the GPU found groups .* its memory or driver is at fault"):
+    with pytest.raises(SparsityError, match=r"w: the GPU found groups .* its memory or driver is at fault"):
         ops.refuse_bitmask(bitmask, 16, "w")
 
 
