@@ -153,6 +153,15 @@ void pack24_cuda(uintptr_t dense, uintptr_t mask, uintptr_t values, uintptr_t me
         "pack24");
 }
 
+void pack24_bitmask_cuda(uintptr_t compressed, uintptr_t bitmask, uintptr_t values, uintptr_t metadata, uintptr_t bad,
+                         int N, int K, int dtype, uintptr_t stream) {
+  check(sparsert::pack24_bitmask({pointer<void>(compressed), pointer<uint8_t>(bitmask), pointer<void>(values),
+                                  pointer<uint32_t>(metadata), pointer<int>(bad), N, K,
+                                  static_cast<sparsert::DType>(dtype)},
+                                 pointer<void>(stream)),
+        "pack24_bitmask");
+}
+
 void unpack24_cuda(uintptr_t values, uintptr_t metadata, uintptr_t dense, int N, int K, int dtype, uintptr_t stream) {
   check(sparsert::unpack24({pointer<void>(values), pointer<uint32_t>(metadata), pointer<void>(dense), N, K,
                             static_cast<sparsert::DType>(dtype)},
@@ -244,6 +253,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("linear24_configs", &linear24_configs);
   module.def("linear24_choice", &linear24_choice);
   module.def("pack24_cuda", &pack24_cuda);
+  module.def("pack24_bitmask_cuda", &pack24_bitmask_cuda);
   module.def("unpack24_cuda", &unpack24_cuda);
   module.def("dense_linear_cuda", &dense_linear_cuda);
   module.def("dense_linear_max_batch", &sparsert::dense_linear_max_batch);

@@ -299,15 +299,12 @@ class _BlockOptions:
     skip_mlp: str | tuple[()] = ()
 
     def plan(self, num_blocks: int, *, force: bool) -> LayerPlan:
-        from sparsert.schedule import LayerPlan, read_block_order
+        from sparsert.schedule import LayerPlan
 
-        removed = self.removed or ()
-        if self.order is not None:
-            path, count = self.order
-            removed = read_block_order(path, count, num_blocks, force=force)
         return LayerPlan.remove(
-            num_blocks, removed, skip_attention=self.skip_attention, skip_mlp=self.skip_mlp, force=force
-        )
+            num_blocks, self.removed or (), order=self.order, skip_attention=self.skip_attention,
+            skip_mlp=self.skip_mlp, force=force,
+        )  # fmt: skip
 
 
 def _parse_block_options(arguments: argparse.Namespace) -> _BlockOptions:

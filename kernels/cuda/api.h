@@ -114,6 +114,17 @@ struct Pack24Arguments {
 };
 int pack24(const Pack24Arguments& arguments, void* stream);
 
+struct Pack24BitmaskArguments {
+  const void* compressed;  // [N, K / 2], two kept values of every group in column order; a pair is aligned
+  const uint8_t* bitmask;  // [N, ceil(K / 8)], bit j of byte c is column 8 c + j
+  void* values;
+  uint32_t* metadata;
+  int* bad;  // 0 before the call; above 0 after it if some group does not have two bits, or bits follow the last column
+  int N, K;
+  DType dtype;
+};
+int pack24_bitmask(const Pack24BitmaskArguments& arguments, void* stream);
+
 struct Unpack24Arguments {
   const void* values;
   const uint32_t* metadata;

@@ -1,4 +1,4 @@
-// Pack a 2:4 weight into the device layout, and back to dense, on the GPU.
+// Pack a 2:4 weight into the device layout, from dense or from kept values and a bitmask, and back to dense, on the GPU.
 //
 // One thread owns one metadata word: lane 4g+q of a unit covers rows g and g+8 and 16 inputs, that is 8 groups of
 // four, and their 8 value pairs. Row g's pair j and row g+8's pair j lie side by side in lane 4g+j (the picture is in
@@ -79,6 +79,54 @@ __global__ void __launch_bounds__(kThreads) pack24_kernel(Pack24Arguments p, int
   p.metadata[tile * units * 32 + metadata_word(units, unit, lane)] = word;
 }
 
+// Every group of a valid bitmask has two bits, so its values are a pair at a place that follows from its column alone.
+template <typename Bits>
+__global__ void __launch_bounds__(kThreads) pack24_bitmask_kernel(Pack24BitmaskArguments p, int units, int64_t words) {
+  const int64_t word_index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (word_index >= words) return;
+  const int lane = word_index % 32, unit = word_index / 32 % units;
+  const int64_t tile = word_index / 32 / units;
+  const int g = lane / 4, q = lane % 4;
+  const int block = unit * 2 + q / 2, half = q % 2;
+  const int column = block * kBlock + half * 16;
+  const int row_bytes = (p.K + 7) / 8;
+  struct alignas(2 * sizeof(Bits)) Pair {
+    Bits v[2];
+  };
+  const Pair* compressed = static_cast<const Pair*>(p.compressed);
+
+  uint32_t word = 0;
+  Pairs<Bits> pairs[4];
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    const int64_t row = tile * kRowTile + g + part * 8;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      Pair kept = {{0, 0}};
+      uint32_t nibble = 0xE;
+      const int first = column + 4 * j;
+      if (row < p.N && first < p.K) {
+        const uint32_t mask = p.bitmask[row * row_bytes + first / 8] >> (first % 8) & 0xF;
+        if (__popc(mask) == 2)
+          nibble = kNibbleOfMask >> (4 * mask) & 0xF;
+        else
+          atomicAdd(p.bad, 1);
+        kept = compressed[row * (p.K / 4) + first / 4];
+      } else if (row < p.N && first == p.K && p.K % 8 == 4) {  // the half of the last byte that stands for nothing
+        if (p.bitmask[row * row_bytes + first / 8] >> 4) atomicAdd(p.bad, 1);
+      }
+      word |= nibble << (16 * part + 4 * j);
+      (part == 0 ? pairs[j].low : pairs[j].high)[0] = kept.v[0];
+      (part == 0 ? pairs[j].low : pairs[j].high)[1] = kept.v[1];
+    }
+  }
+  Pairs<Bits>* values = static_cast<Pairs<Bits>*>(p.values);
+  const int64_t block_pairs = (tile * units * 2 + block) * 64;  // two Pairs a lane
+#pragma unroll
+  for (int j = 0; j < 4; ++j) values[block_pairs + (g * 4 + j) * 2 + half] = pairs[j];
+  p.metadata[tile * units * 32 + metadata_word(units, unit, lane)] = word;
+}
+
 template <typename Bits>
 __global__ void __launch_bounds__(kThreads) unpack24_kernel(Unpack24Arguments p, int units, int64_t words) {
   const int64_t word_index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
@@ -130,6 +178,11 @@ int launch(Kernel kernel, const Arguments& a, void* stream) {
 int pack24(const Pack24Arguments& a, void* stream) {
   return a.dtype == DType::kFloat32 ? launch(pack24_kernel<uint32_t>, a, stream)
                                     : launch(pack24_kernel<uint16_t>, a, stream);
+}
+
+int pack24_bitmask(const Pack24BitmaskArguments& a, void* stream) {
+  return a.dtype == DType::kFloat32 ? launch(pack24_bitmask_kernel<uint32_t>, a, stream)
+                                    : launch(pack24_bitmask_kernel<uint16_t>, a, stream);
 }
 
 int unpack24(const Unpack24Arguments& a, void* stream) {

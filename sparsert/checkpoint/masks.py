@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from sparsert.errors import CheckpointError, InputError
+from sparsert.formats.maskllm import mask_from_maskllm_bits
 
 _SUFFIX = ".mask"
 _MEMBER_SUFFIX = _SUFFIX + ".npy"
@@ -116,7 +117,7 @@ class MaskFile:
             )
 
     def mask(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Unpack one mask.
+        """One mask on the CPU.
 
         Args:
             name: parameter name.
@@ -128,17 +129,33 @@ class MaskFile:
         Raises:
             CheckpointError: no mask of that name, a wrong length, or a damaged file.
         """
+        return self.unpack(self.read(name, shape), name, shape)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One mask as the file holds it, on the CPU: the first half of :meth:`mask`, which threads can do.
+
+        Raises:
+            CheckpointError: as :meth:`mask`.
+        """
         if name not in self:
             raise CheckpointError(f"{self.path}: has no mask for {name!r}; the masks belong to another model")
         self._check_length(name, tuple(shape))
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(name + _MEMBER_SUFFIX) as stream:
-                packed = np.lib.format.read_array(stream, allow_pickle=False)
+                return torch.from_numpy(np.lib.format.read_array(stream, allow_pickle=False))
         except DAMAGE as error:
             raise _damaged(self.path, name + _SUFFIX, error) from error
-        count = int(np.prod(shape, dtype=np.int64))
-        bits = np.unpackbits(packed, count=count)
-        return torch.from_numpy(bits).view(torch.bool).view(tuple(shape))
+
+    def unpack(self, stored: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The mask of what :meth:`read` returned, on the device where that is: the second half of :meth:`mask`.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        try:
+            return mask_from_maskllm_bits(stored, shape, name)
+        except InputError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
 
 
 def read_maskllm(path: str | Path) -> MaskFile:

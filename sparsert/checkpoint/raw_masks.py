@@ -58,16 +58,23 @@ class RawMaskFile(MaskFile):
                 "belong to another model"
             )
 
-    def mask(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One mask, see :meth:`MaskFile.mask`.
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One mask as it is stored, mapped from the file, see :meth:`MaskFile.read`.
 
         Raises:
-            CheckpointError: no mask of that name, a wrong shape, or values beside 0 and 1.
+            CheckpointError: no mask of that name, or a wrong shape.
         """
         if name not in self:
             raise CheckpointError(f"{self.path}: has no mask for {name!r}; the masks belong to another model")
         self._check_shape(name, shape)
-        stored = self._masks[name]
+        return self._masks[name]
+
+    def unpack(self, stored: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A stored mask as bool, see :meth:`MaskFile.unpack`.
+
+        Raises:
+            CheckpointError: values beside 0 and 1.
+        """
         mask = stored != 0
         if stored.dtype != torch.bool and not torch.equal(mask.to(stored.dtype), stored):
             raise CheckpointError(

@@ -93,6 +93,13 @@ class Checkpoint:
         """The file that holds a tensor, or its first part."""
         return file_of(self._tensor(name), self._infos)
 
+    def part_infos(self, name: str) -> dict[str, tuple[str, TensorInfo]]:
+        """Where each part of a tensor stands: part -> its name in the files, and what their headers say of it.
+
+        A dense tensor has one part, ``""``.
+        """
+        return {part: (stored, self._infos[stored]) for part, stored in self._tensor(name).parts.items()}
+
     @property
     def files(self) -> list[Path]:
         """The files that hold tensors."""
@@ -192,7 +199,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.file(name)}: {name!r} is stored as {tensor.storage}, not as {BITMASK_24}")
         parts = self.read_parts(name)
         try:
-            checked_shape(tensor, parts, name)
+            checked_shape(tensor.shape, parts["shape"], name)
         except InputError as error:
             raise CheckpointError(f"{self.file(name)}: {error}") from error
         return parts["compressed"], parts["bitmask"]

@@ -65,11 +65,13 @@ class TensorInfo:
         file: the file that holds it.
         shape: sizes, row-major.
         dtype: torch dtype.
+        offset: of its first byte in a safetensors file; 0 for a tensor of a pickle.
     """
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    offset: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -83,20 +85,30 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         CheckpointError: the file is missing, truncated, too long, or its header is damaged.
     """
     try:
-        size_bytes = file.stat().st_size
         with file.open("rb") as stream:
-            prefix = stream.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(f"{file}: {size_bytes} bytes are no safetensors file; fetch the file again")
-            (header_bytes,) = struct.unpack("<Q", prefix)
-            if header_bytes > min(size_bytes - 8, _MAX_HEADER_BYTES):
-                raise CheckpointError(
-                    f"{file}: the file ends inside its header ({size_bytes} bytes, header of {header_bytes}); "
-                    "it is truncated or no safetensors file, fetch it again"
-                )
-            text = stream.read(header_bytes)
+            return parse_header(file, stream)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from error
+
+
+def parse_header(file: Path, stream: BinaryIO) -> dict[str, TensorInfo]:
+    """:func:`read_header` of a file that is open already, from its beginning.
+
+    Raises:
+        CheckpointError: as :func:`read_header`.
+        OSError: the file cannot be read.
+    """
+    size_bytes = os.fstat(stream.fileno()).st_size
+    prefix = stream.read(8)
+    if len(prefix) < 8:
+        raise CheckpointError(f"{file}: {size_bytes} bytes are no safetensors file; fetch the file again")
+    (header_bytes,) = struct.unpack("<Q", prefix)
+    if header_bytes > min(size_bytes - 8, _MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"{file}: the file ends inside its header ({size_bytes} bytes, header of {header_bytes}); "
+            "it is truncated or no safetensors file, fetch it again"
+        )
+    text = stream.read(header_bytes)
     try:
         header = json.loads(text, object_pairs_hook=unique_keys)
     except DuplicateKeyError as error:
@@ -113,7 +125,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     infos: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
-        infos[name], begin, end = _parse_entry(file, name, entry)
+        info, begin, end = _parse_entry(file, name, entry)
+        infos[name] = dataclasses.replace(info, offset=8 + header_bytes + begin)
         spans.append((begin, end, name))
     _check_spans(file, sorted(spans), size_bytes - 8 - header_bytes)
     return infos

@@ -156,9 +156,11 @@ def expand(tensor: StoredTensor, parts: Mapping[str, Tensor], name: str) -> Tens
         InputError, SparsityError: the parts contradict each other.
     """
     if tensor.storage == BITMASK_24:
-        return dense_from_bitmask(parts["compressed"], parts["bitmask"], checked_shape(tensor, parts, name), name)
+        return dense_from_bitmask(
+            parts["compressed"], parts["bitmask"], checked_shape(tensor.shape, parts["shape"], name), name
+        )
     if tensor.storage == BITMASK:
-        checked_shape(tensor, parts, name)
+        checked_shape(tensor.shape, parts["shape"], name)
         return dense_from_sparse_bitmask(
             parts["shape"], parts["compressed"], parts["bitmask"], parts["row_offsets"], name
         )
@@ -174,19 +176,18 @@ def expand(tensor: StoredTensor, parts: Mapping[str, Tensor], name: str) -> Tens
     return parts[""]
 
 
-def checked_shape(tensor: StoredTensor, parts: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """The tensor's shape, after a look whether the part ``shape`` says the same.
+def checked_shape(shape: tuple[int, ...], stored: Tensor, name: str) -> tuple[int, ...]:
+    """``shape``, after a look whether the part ``shape`` of a weight says the same.
 
     Raises:
         InputError: it does not.
     """
-    stored = parts["shape"]
     sizes = [int(size) for size in stored.flatten().tolist()] if stored.dtype == torch.int64 else [stored.dtype]
-    if sizes != list(tensor.shape):
+    if sizes != list(shape):
         raise InputError(
-            f"{name}: the part 'shape' says {sizes}, the others are those of {list(tensor.shape)}; the file is damaged"
+            f"{name}: the part 'shape' says {sizes}, the others are those of {list(shape)}; the file is damaged"
         )
-    return tensor.shape
+    return shape
 
 
 def part_names(name: str, storage: str) -> dict[str, str]:

@@ -29,6 +29,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsert.checkpoint.compare import compare_shard
+from sparsert.checkpoint.halves import half_of
 from sparsert.checkpoint.layer_types import layer_types
 from sparsert.checkpoint.paths import check_inside
 from sparsert.checkpoint.quantization import (
@@ -265,14 +266,9 @@ def _new_names(source: Checkpoint, plan: LayerPlan) -> dict[str, str]:
 def _half_runs(source: Checkpoint, name: str, block: int, plan: LayerPlan) -> bool:
     """Whether the half of a block that a tensor belongs to, its norms included, runs."""
     prefix, dot, inside = name.partition(f"layers.{block}.")
-    part = inside.partition(".")[0]
-    # where a norm stands before and behind each half, this one is the second of attention; else the first of the mlp
-    sandwiched = f"{prefix}{dot}pre_feedforward_layernorm.weight" in source
-    if part in ("self_attn", "input_layernorm") or (part == "post_attention_layernorm" and sandwiched):
-        return plan.runs_attention(block)
-    if part in ("mlp", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"):
-        return plan.runs_mlp(block)
-    return True
+    half = half_of(inside, post_norms=f"{prefix}{dot}pre_feedforward_layernorm.weight" in source)
+    runs = {"attention": plan.runs_attention, "mlp": plan.runs_mlp}
+    return half is None or runs[half](block)
 
 
 def _unchanged(name: str, tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsert import ops
 from sparsert.errors import InputError
-from sparsert.models.attention import SelfAttention, causal_attention, masked_attention
+from sparsert.models.attention import SelfAttention, causal_attention
 from sparsert.models.linears import takes_tiles
 from sparsert.ops import AttentionShape
 
@@ -166,4 +166,4 @@ class ExtendAttention:
         if shape.sliding_window is not None:
             visible &= past > positions.unsqueeze(2) - shape.sliding_window
         past_keys, past_values = keys[:batch, :, :window], values[:batch, :, :window]
-        return masked_attention(q, past_keys, past_values, visible, shape)
+        return ops.masked_attention(q, past_keys, past_values, visible, shape)

@@ -40,7 +40,7 @@ from sparsert.engine.step_kernels import attention_kernel, linear_kernel
 from sparsert.engine.tokenizer import LazyTokenizer, Prompt, read_eos_token_ids
 from sparsert.errors import InputError
 from sparsert.models import DecoderConfig, load_model
-from sparsert.schedule import Blocks, LayerPlan, read_block_order
+from sparsert.schedule import Blocks, LayerPlan
 
 #: Tokens drafted in a round unless said otherwise.
 _DRAFT_TOKENS = 4
@@ -106,7 +106,12 @@ class LLM:
         self.checkpoint = open_checkpoint(resolve_checkpoint(str(model)))
         config = DecoderConfig.from_hf(self.checkpoint.config)
         if plan is None:
-            plan = _layer_plan(config.num_blocks, remove_blocks, block_order, skip_attention, skip_mlp, force_remove)
+            if remove_blocks is not None and block_order is not None:
+                raise InputError("remove_blocks and block_order exclude each other; give a block list or an order file")
+            plan = LayerPlan.remove(
+                config.num_blocks, remove_blocks or (), order=block_order, skip_attention=skip_attention,
+                skip_mlp=skip_mlp, force=force_remove,
+            )  # fmt: skip
         elif remove_blocks is not None or block_order is not None or skip_attention or skip_mlp:
             raise InputError("plan already says which blocks run; leave the arguments that remove or skip blocks out")
         plan = stored_plan(self.checkpoint.config, config.num_blocks).intersect(plan)
@@ -325,24 +330,6 @@ class LLM:
             "load_s": round(self.load_s, 3),
             "warnings": [*report.warnings, *passed_over, *attention_passed_over],
         }
-
-
-def _layer_plan(
-    num_blocks: int,
-    remove_blocks: Blocks | None,
-    block_order: tuple[str | Path, int] | None,
-    skip_attention: Blocks,
-    skip_mlp: Blocks,
-    force: bool,
-) -> LayerPlan:
-    if remove_blocks is not None and block_order is not None:
-        raise InputError("remove_blocks and block_order exclude each other; give a block list or an order file")
-    if block_order is not None:
-        path, count = block_order
-        remove_blocks = read_block_order(path, count, num_blocks, force=force)
-    return LayerPlan.remove(
-        num_blocks, remove_blocks or (), skip_attention=skip_attention, skip_mlp=skip_mlp, force=force
-    )
 
 
 def _check_max_length(max_length: int | None, config: DecoderConfig) -> int:

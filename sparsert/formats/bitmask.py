@@ -95,13 +95,25 @@ def from_bitmask(compressed: Tensor, bitmask: Tensor, shape: Tensor | Sequence[i
         InputError: shapes, dtypes or devices do not fit.
         SparsityError: a group does not have exactly two bits, or bits are set past the last column.
     """
+    check_packable_parts(compressed, bitmask, shape, name)
+    nibble_bytes, columns = _nibble_bytes(compressed, bitmask, shape, name)
+    return pack_rows(compressed, nibble_bytes, columns)
+
+
+def check_packable_parts(
+    compressed: Tensor, bitmask: Tensor, shape: Tensor | Sequence[int], name: str
+) -> tuple[int, int]:
+    """Check what every packer of these tensors needs but the bits themselves; return ``(rows, columns)``.
+
+    Raises:
+        InputError: shapes, dtypes or devices do not fit.
+    """
     if compressed.dtype not in PACKED_DTYPES or compressed.device != bitmask.device:
         raise InputError(
             f"{name}: got compressed {compressed.dtype} on {compressed.device} and bitmask {bitmask.dtype} on "
             f"{bitmask.device}; need bfloat16, float16 or float32 and uint8 on one device"
         )
-    nibble_bytes, columns = _nibble_bytes(compressed, bitmask, shape, name)
-    return pack_rows(compressed, nibble_bytes, columns)
+    return _check_sizes(compressed, bitmask, shape, name)
 
 
 def bitmask_from_dense(weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
@@ -183,6 +195,38 @@ def _nibble_bytes(compressed: Tensor, bitmask: Tensor, shape: Tensor | Sequence[
 
     With an odd number of groups the high nibble of a row's last byte stands for nothing.
     """
+    _, columns = _check_sizes(compressed, bitmask, shape, name)
+    return byte_lookup(_NIBBLES_OF_MASKS, _checked_bits(bitmask, columns, name)), columns
+
+
+def check_bitmask(bitmask: Tensor, columns: int, name: str = "weight") -> None:
+    """Check the bits of sparse-24-bitmask.
+
+    Args:
+        bitmask: uint8 ``[rows, ceil(columns / 8)]``.
+        columns: of the weight, a multiple of 4.
+        name: tensor name for errors.
+
+    Raises:
+        SparsityError: a group does not have exactly two bits, or bits are set past the last column.
+    """
+    _checked_bits(bitmask, columns, name)
+
+
+def _checked_bits(bitmask: Tensor, columns: int, name: str) -> Tensor:
+    """The bitmask, with any two bits for the half of a row's last byte that stands for nothing."""
+    if columns % 8:
+        if bool((bitmask[:, -1] > 0x0F).any()):
+            row = int((bitmask[:, -1] > 0x0F).to(torch.uint8).argmax())
+            raise SparsityError(f"{name}: row {row} of the bitmask has bits past its {columns} columns; it is damaged")
+        bitmask = bitmask.clone()
+        bitmask[:, -1] |= 0xC0  # the padding of the packed layout takes their place
+    if not bool(byte_lookup(_ALL_TWO_BITS, bitmask).all()):
+        raise _bits_error(bitmask, name)
+    return bitmask
+
+
+def _check_sizes(compressed: Tensor, bitmask: Tensor, shape: Tensor | Sequence[int], name: str) -> tuple[int, int]:
     rows, columns = _dimensions(shape, name)
     if columns % 4:
         raise InputError(f"{name}: width {columns} is no multiple of 4, so it cannot be 2:4; the tensors are damaged")
@@ -193,15 +237,7 @@ def _nibble_bytes(compressed: Tensor, bitmask: Tensor, shape: Tensor | Sequence[
             f"need {expected[0]} and uint8 {expected[1]} for a weight [{rows}, {columns}]; the file is damaged or of "
             f"another format"
         )
-    if columns % 8:
-        if bool((bitmask[:, -1] > 0x0F).any()):
-            row = int((bitmask[:, -1] > 0x0F).to(torch.uint8).argmax())
-            raise SparsityError(f"{name}: row {row} of the bitmask has bits past its {columns} columns; it is damaged")
-        bitmask = bitmask.clone()
-        bitmask[:, -1] |= 0xC0  # any two bits: the padding of the packed layout takes their place
-    if not bool(byte_lookup(_ALL_TWO_BITS, bitmask).all()):
-        raise _bits_error(bitmask, name)
-    return byte_lookup(_NIBBLES_OF_MASKS, bitmask), columns
+    return rows, columns
 
 
 def _dimensions(shape: Tensor | Sequence[int], name: str) -> tuple[int, int]:

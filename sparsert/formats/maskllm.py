@@ -63,8 +63,9 @@ def mask_from_maskllm_bits(bits: Tensor | numpy.ndarray, shape: Sequence[int], n
     """
     vector = _as_bits(bits, shape, name)
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=vector.device)
-    flat = ((vector.unsqueeze(1) >> shifts) & 1).flatten()
-    return flat[: math.prod(shape)].bool().view(*shape)
+    # in place and reinterpreted: the mask is eight times the bits, once is enough
+    flat = (vector.unsqueeze(1) >> shifts).bitwise_and_(1).view(torch.bool).flatten()
+    return flat[: math.prod(shape)].view(*shape)
 
 
 def nibbles_from_maskllm_bits(bits: Tensor | numpy.ndarray, shape: Sequence[int], name: str = "mask") -> Tensor:

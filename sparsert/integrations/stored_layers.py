@@ -17,8 +17,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from sparsert import ops
 from sparsert.errors import CheckpointError, SparsertError, UnsupportedError
-from sparsert.formats import from_bitmask, to_bitmask
+from sparsert.formats import to_bitmask
 from sparsert.formats.packed import PACKED_DTYPES
 from sparsert.nn import SparseLinear
 
@@ -95,7 +96,7 @@ def pack_stored_(layer: SparseLinear, name: str) -> None:
             f"{[layer.out_features, layer.in_features]}; the checkpoint is of another model"
         )
     try:
-        packed = from_bitmask(compressed, bitmask, (layer.out_features, layer.in_features), name)
+        packed = ops.pack_bitmask(compressed, bitmask, layer.in_features, name=name)
     except SparsertError as error:
         raise CheckpointError(str(error)) from error
     for part in STORED:

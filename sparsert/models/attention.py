@@ -79,37 +79,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, shape: ops.AttentionShape)
         if window is not None:
             visible &= distance < window
         keys, values = k[:, :, first:end], v[:, :, first:end]
-        pieces.append(masked_attention(q[:, begin:end], keys, values, visible.unsqueeze(0), shape))
+        pieces.append(ops.masked_attention(q[:, begin:end], keys, values, visible.unsqueeze(0), shape))
     return torch.cat(pieces, dim=1)
-
-
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, shape: ops.AttentionShape) -> Tensor:
-    """Attention where a mask says which tokens see which; all operations can be captured in a CUDA graph.
-
-    Args:
-        q: ``[batch, queries, num_heads, head_dim]``, rotated.
-        k, v: ``[batch, num_kv_heads, keys, head_dim]``, as a cache holds them.
-        visible: bool ``[batch, queries, keys]``, or with 1 in the place of batch; each query must see some key.
-        shape: scale and soft cap; its sliding window is the mask's business.
-
-    Returns:
-        The shape of q.
-    """
-    batch, queries, _, head_dim = q.shape
-    kv_heads, group = shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
-    # [batch, kv_heads, group * queries, head_dim]: keys are read without a copy for each query head of a group
-    grouped = q.unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
-    visible = visible.repeat(1, group, 1).unsqueeze(1)
-    if shape.softcap is None:
-        mask = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
-        attended = functional.scaled_dot_product_attention(
-            grouped, k, v, attn_mask=mask.expand(-1, kv_heads, -1, -1), scale=shape.scale
-        )
-    else:
-        scores = (grouped @ k.transpose(-1, -2)).float() * shape.scale
-        scores = shape.softcap * torch.tanh(scores / shape.softcap)
-        attended = scores.masked_fill_(~visible, -torch.inf).softmax(-1).to(v.dtype) @ v
-    return attended.unflatten(2, (group, queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 class SelfAttention(nn.Module):

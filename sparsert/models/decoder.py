@@ -238,14 +238,6 @@ class DecoderModel(nn.Module):
             assert isinstance(rotary, RotaryEmbedding)
             rotary.reserve_(length, self.device, self.dtype)
 
-    def check_plan(self, plan: LayerPlan) -> None:
-        """Check that all that a plan runs is resident; layers that the model never had do not count.
-
-        Raises:
-            InputError: a plan for another number of blocks, or one that runs what was not loaded.
-        """
-        self._route(plan)
-
     def forward(
         self,
         tokens: Tensor,
@@ -268,7 +260,8 @@ class DecoderModel(nn.Module):
             ``[batch, tokens, vocabulary]``, or ``[batch, vocabulary]`` with ``rows``, in the model's dtype.
 
         Raises:
-            InputError: see :meth:`check_plan`.
+            InputError: a plan for another number of blocks, or one that runs what was not loaded; layers that the
+                model never had do not count.
         """
         route = self._route(plan or self.plan)
         if attention is None:

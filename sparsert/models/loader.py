@@ -1,9 +1,9 @@
 """From a checkpoint to a model on its device, one tensor at a time.
 
 Every name and shape is checked against the architecture before the first byte is read. Then each
-linear layer of a block is read to the host, converted, moved, packed if it is 2:4, and let go of before
-the next one comes: beside what is packed the device holds one dense layer at most. Blocks that the
-plan skips are checked by name only and never read.
+linear layer of a block is read onto the device, packed if it is 2:4, and let go of before the next one
+comes: beside what is packed the device holds one dense layer at most, the host a small ring of pieces
+(``sparsert/checkpoint/staging.py``). Blocks that the plan skips are checked by name only and never read.
 
 A weight is packed by the first of these that applies: the mask file's mask for it; what the mask maker
 returns for it; the checkpoint, which holds it packed and is read as it is (docs/format.md); its own zeros,
@@ -14,7 +14,7 @@ head and norms are always dense. Values that are not finite are refused.
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,13 +24,15 @@ from torch import Tensor, nn
 
 from sparsert import ops
 from sparsert.checkpoint import Checkpoint, MaskFile
+from sparsert.checkpoint.mask_stream import MaskStream
 from sparsert.checkpoint.stored import BITMASK_24
-from sparsert.errors import CheckpointError, InputError, SparsityError, UnsupportedError
-from sparsert.formats import Packed24, from_bitmask
-from sparsert.formats.groups import count_groups
-from sparsert.models.config import DecoderConfig, LinearShape, NormConfig
+from sparsert.checkpoint.tensor_stream import TensorStream
+from sparsert.errors import CheckpointError, UnsupportedError
+from sparsert.formats import Packed24
+from sparsert.models.config import DecoderConfig, LinearShape
 from sparsert.models.decoder import DecoderBlock, DecoderModel
 from sparsert.models.linears import dense_linear
+from sparsert.models.model_reader import ModelReader
 from sparsert.models.names import StoredLinear, TensorNames
 from sparsert.models.placement import resolve_device, resolve_dtype
 from sparsert.models.report import LinearRecord, LoadReport, dense_warning
@@ -86,11 +88,16 @@ def load_model(
     if masks is not None:
         masks.check({name: checkpoint.shape(name) for name in names.linear_tensors()})
     target = resolve_device(device)
-    reader = _Reader(checkpoint, target, resolve_dtype(dtype, target, checkpoint.dtype(f"{names.norm}.weight")))
-    _check_backend(config, backend, reader.device, reader.dtype)
+    run_dtype = resolve_dtype(dtype, target, checkpoint.dtype(f"{names.norm}.weight"))
+    _check_backend(config, backend, target, run_dtype)
     linears: dict[str, LinearRecord] = {}
     notes: list[str] = []
-    with torch.no_grad():
+    with torch.no_grad(), contextlib.ExitStack() as opened:
+        reader = ModelReader(opened.enter_context(TensorStream(checkpoint, target)), run_dtype)
+        given = None
+        if masks is not None:
+            shapes = {name: checkpoint.shape(name) for name in names.linear_tensors(plan)}
+            given = opened.enter_context(MaskStream(masks, shapes, target))
         _load_embeddings(model, names, reader, tied, notes)
         model.norm.weight, model.norm.bias = reader.norm(names.norm, config.norm)
         for place, original in enumerate(_with_progress(plan.kept, progress)):
@@ -100,10 +107,12 @@ def load_model(
                 place_norm(block, name, *reader.norm(names.block_norm(original, name), config.norm))
             for name, shape in config.block_linears(original, plan).items():
                 stored = names.block_linear(original, name)
-                linear, linears[stored.label] = _load_linear(stored, shape, reader, masks, mask_maker, backend)
+                linear, linears[stored.label] = _load_linear(stored, shape, reader, given, mask_maker, backend)
                 place_linear(block, name, linear)
                 del linear
+            reader.check()
             join_groups_(block)
+        reader.check()
     kept_dense = dense_warning(linears)
     if kept_dense:
         notes.append(kept_dense)
@@ -111,67 +120,6 @@ def load_model(
         warnings.warn(note, stacklevel=2)
     model.report = LoadReport(linears, tuple(notes))
     return model.eval().requires_grad_(False)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """Reads tensors in the dtype and onto the device of the model."""
-
-    checkpoint: Checkpoint
-    device: torch.device
-    dtype: torch.dtype
-
-    def read(self, name: str, rows: tuple[int, int] | None = None, *, copy: bool = True) -> Tensor:
-        """One tensor, or some of its rows; ``copy=False`` may return memory that the file is mapped to."""
-        stored = self.checkpoint.read(name)
-        if rows is not None:
-            stored = stored[slice(*rows)]
-        tensor = self._place(stored, name)
-        return tensor.clone() if copy and tensor.data_ptr() == stored.data_ptr() else tensor.contiguous()
-
-    def read_packed(self, stored: StoredLinear, in_features: int) -> Packed24:
-        """A weight that stands packed in its file, without making it dense on the way."""
-        name = f"{stored.tensor}.weight"
-        compressed, bitmask = self.checkpoint.read_packed(name)
-        if stored.rows is not None:
-            compressed, bitmask = compressed[slice(*stored.rows)], bitmask[slice(*stored.rows)]
-        compressed = self._place(compressed, name)
-        try:
-            shape = (compressed.shape[0], in_features)
-            return from_bitmask(compressed, bitmask.to(self.device), shape, name=stored.label)
-        except (InputError, SparsityError) as error:
-            raise CheckpointError(f"{self.checkpoint.file(name)}: {error}") from error
-
-    def _place(self, stored: Tensor, name: str) -> Tensor:
-        """Convert a tensor of the file and move it to the device; refuse values that are not finite."""
-        # converted on the host, so the device never sees a wider copy; a copy is what outlives the file
-        tensor = stored.to(self.dtype)
-        if tensor.numel():
-            # of extremes, because isfinite() would take as much memory again, and both pass a NaN on
-            finite = all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
-            if not finite and self.dtype == torch.float16 and stored.dtype != torch.float16:
-                raise CheckpointError(
-                    f"{name}: has values beyond float16's range (65504) or not finite; use --dtype bfloat16"
-                )
-            if not finite:
-                raise CheckpointError(
-                    f"{self.checkpoint.file(name)}: {name!r} holds NaN or infinite values; the checkpoint is damaged, "
-                    "fetch it again"
-                )
-        return tensor.to(self.device)
-
-    def parameter(self, name: str) -> nn.Parameter:
-        """One tensor as a parameter without gradient."""
-        return nn.Parameter(self.read(name), requires_grad=False)
-
-    def norm(self, name: str, config: NormConfig) -> tuple[nn.Parameter, nn.Parameter | None]:
-        """Weight of a norm as it is multiplied, and its bias; in float32 if the checkpoint holds ``weight - 1``."""
-        if not config.stored_minus_one:
-            bias = self.parameter(f"{name}.bias") if config.centered else None
-            return self.parameter(f"{name}.weight"), bias
-        wide = dataclasses.replace(self, dtype=torch.float32)
-        weight = nn.Parameter(wide.read(f"{name}.weight").add_(1), requires_grad=False)
-        return weight, wide.parameter(f"{name}.bias") if config.centered else None
 
 
 def _check_backend(config: DecoderConfig, backend: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -201,11 +149,10 @@ def _check_tensors(checkpoint: Checkpoint, config: DecoderConfig, names: TensorN
             f"{where}: {len(missing)} tensors are missing: {_shown(missing)}; the checkpoint is incomplete, or "
             f"config.json (num_hidden_layers {config.num_blocks}) is of another model"
         )
-    absent = names.absent()
     unexpected = [
         name
         for name in checkpoint.names
-        if name not in expected and not name.startswith(absent) and not _DERIVED.search(name)
+        if name not in expected and not names.is_absent(name) and not _DERIVED.search(name)
     ]
     if unexpected:
         raise CheckpointError(
@@ -236,7 +183,9 @@ def _shown(entries: list[str]) -> str:
     return ", ".join(entries[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _load_embeddings(model: DecoderModel, names: TensorNames, reader: _Reader, tied: bool, notes: list[str]) -> None:
+def _load_embeddings(
+    model: DecoderModel, names: TensorNames, reader: ModelReader, tied: bool, notes: list[str]
+) -> None:
     """Load embedding and head; a tied head is the embedding's own storage."""
     embedding = names.embedding if names.embedding in reader.checkpoint else names.head
     model.embed_tokens.weight = reader.parameter(embedding)
@@ -258,8 +207,8 @@ def _load_embeddings(model: DecoderModel, names: TensorNames, reader: _Reader, t
 def _load_linear(
     stored: StoredLinear,
     shape: LinearShape,
-    reader: _Reader,
-    masks: MaskFile | None,
+    reader: ModelReader,
+    masks: MaskStream | None,
     mask_maker: Callable[[Tensor], Tensor] | None,
     backend: str,
 ) -> tuple[nn.Module, LinearRecord]:
@@ -268,44 +217,42 @@ def _load_linear(
     as_stored = reader.checkpoint.storage(name) == BITMASK_24 and shape.in_features % 4 == 0
     if as_stored and mask_maker is None and (masks is None or name not in masks):
         bias = reader.read(f"{stored.tensor}.bias", stored.rows) if shape.bias else None
-        packed = reader.read_packed(stored, shape.in_features)
+        packed = reader.read_packed(stored)
         dense_bytes = shape.out_features * shape.in_features * reader.dtype.itemsize
         record = LinearRecord("2:4", "packed in the checkpoint", packed.nbytes, dense_bytes)
         return SparseLinear.from_packed(packed, bias, backend=backend), record
-    weight = reader.read(f"{stored.tensor}.weight", stored.rows, copy=False)
+    weight = reader.read(f"{stored.tensor}.weight", stored.rows)
     bias = reader.read(f"{stored.tensor}.bias", stored.rows) if shape.bias else None
-    mask, reason, packable = _find_mask(stored, weight, reader.checkpoint, masks, mask_maker)
-    if packable:
-        packed = ops.pack(weight, mask, name=stored.label)
-        record = LinearRecord("2:4", reason, packed.nbytes, weight.nbytes)
-        return SparseLinear.from_packed(packed, bias, backend=backend), record
-    if reader.device.type == "cpu":
-        weight = weight.clone()  # may be mapped to the file
+    packed24, reason = _pack(stored, weight, reader.checkpoint, masks, mask_maker)
+    if packed24 is not None:
+        record = LinearRecord("2:4", reason, packed24.nbytes, weight.nbytes)
+        return SparseLinear.from_packed(packed24, bias, backend=backend), record
     return dense_linear(weight, bias), LinearRecord("dense", reason, weight.nbytes, weight.nbytes)
 
 
-def _find_mask(
+def _pack(
     stored: StoredLinear,
     weight: Tensor,
     checkpoint: Checkpoint,
-    masks: MaskFile | None,
+    masks: MaskStream | None,
     mask_maker: Callable[[Tensor], Tensor] | None,
-) -> tuple[Tensor | None, str, bool]:
-    """Mask of a weight (None: its own zeros), where it comes from, and whether to pack."""
+) -> tuple[Packed24 | None, str]:
+    """A weight packed, and by what; or None, and why it stays dense."""
     name = f"{stored.tensor}.weight"
     if weight.shape[1] % 4:
-        return None, f"input width {weight.shape[1]} is no multiple of 4", False
+        return None, f"input width {weight.shape[1]} is no multiple of 4"
     if masks is not None and name in masks:
         mask = masks.mask(name, tuple(checkpoint.shape(name)))
-        return (mask if stored.rows is None else mask[slice(*stored.rows)]).to(weight.device), "mask file", True
+        mask = mask if stored.rows is None else mask[slice(*stored.rows)]
+        return ops.pack(weight, mask, name=stored.label), "mask file"
     if mask_maker is not None:
-        return mask_maker(weight), "mask maker", True
+        return ops.pack(weight, mask_maker(weight), name=stored.label), "mask maker"
     if checkpoint.claims_two_of_four(name):
-        return None, "zeros in the weight", True  # packing refuses it if the claim is wrong
-    _, too_full, _ = count_groups(weight)
-    if too_full == 0:
-        return None, "zeros in the weight", True
-    return None, f"{too_full} of {weight.numel() // 4} groups of four keep more than 2 values", False
+        return ops.pack(weight, name=stored.label), "zeros in the weight"  # refused if the claim is wrong
+    packed, too_full = ops.pack_if_24(weight, name=stored.label)
+    if packed is None:
+        return None, f"{too_full} of {weight.numel() // 4} groups of four keep more than 2 values"
+    return packed, "zeros in the weight"
 
 
 def place_linear(block: DecoderBlock, name: str, linear: nn.Module) -> None:

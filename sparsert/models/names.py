@@ -12,15 +12,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Container
 
+from sparsert.checkpoint import block_of
+from sparsert.checkpoint.halves import PRE_AND_POST_NORMS, PRE_NORMS, half_of
 from sparsert.models.config import DecoderConfig
-
-_PRE_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-_PRE_AND_POST_NORMS = {
-    "attention_norm": "input_layernorm",
-    "attention_post_norm": "post_attention_layernorm",
-    "mlp_norm": "pre_feedforward_layernorm",
-    "mlp_post_norm": "post_feedforward_layernorm",
-}
+from sparsert.schedule import LayerPlan
 
 #: Fused tensor -> the parts that its rows are, in order.
 _FUSED = {
@@ -71,7 +66,7 @@ class TensorNames:
 
     def block_norm(self, block: int, name: str) -> str:
         """Name of a norm of :meth:`DecoderConfig.block_norms`, without ``.weight``."""
-        stored = _PRE_AND_POST_NORMS if self._config.post_norms else _PRE_NORMS
+        stored = PRE_AND_POST_NORMS if self._config.post_norms else PRE_NORMS
         return f"{self._body}layers.{block}.{stored.get(name, name)}"
 
     def block_linear(self, block: int, name: str) -> StoredLinear:
@@ -110,24 +105,26 @@ class TensorNames:
                     shapes[f"{stored.tensor}.bias"] = (rows,)
         return shapes
 
-    def absent(self) -> tuple[str, ...]:
-        """How names of tensors begin that a checkpoint may hold and the configuration leaves out: skipped layers."""
-        config = self._config
-        prefixes: list[str] = []
-        for block, layers in enumerate(config.blocks):
-            for part, folder, layer in (("attention", "self_attn", layers.attention), ("mlp", "mlp", layers.mlp)):
-                if layer is None:
-                    prefixes.append(f"{self._body}layers.{block}.{folder}.")
-                    prefixes += [f"{self.block_norm(block, part + kind)}." for kind in ("_norm", "_post_norm")]
-        return tuple(prefixes)
+    def is_absent(self, name: str) -> bool:
+        """Whether a tensor, which a checkpoint may hold, is of a layer that the configuration leaves out."""
+        block = block_of(name)
+        prefix = f"{self._body}layers.{block}."
+        if block is None or block >= self._config.num_blocks or not name.startswith(prefix):
+            return False
+        layers = self._config.blocks[block]
+        half = half_of(name.removeprefix(prefix), post_norms=self._config.post_norms)
+        return (half == "attention" and layers.attention is None) or (half == "mlp" and layers.mlp is None)
 
-    def linear_tensors(self) -> list[str]:
-        """Names of the weights of all linear layers of blocks, each once: what 2:4 pruning is about."""
+    def linear_tensors(self, plan: LayerPlan | None = None) -> list[str]:
+        """Names of the weights of all linear layers of blocks, or of those that a plan runs, each once, in order.
+
+        These are what 2:4 pruning is about.
+        """
         config = self._config
         return list(
             dict.fromkeys(
                 f"{self.block_linear(block, name).tensor}.weight"
-                for block in range(config.num_blocks)
-                for name in config.block_linears(block)
+                for block in (range(config.num_blocks) if plan is None else plan.kept)
+                for name in config.block_linears(block, plan)
             )
         )

@@ -1,12 +1,19 @@
 """The one door to a kernel: operators, their CPU reference, and the choice between implementations."""
 
 from sparsert.ops.activation import ACTIVATIONS, activate
-from sparsert.ops.attention import AttentionShape, decode_attention, explain_attention, rotate, split_heads
+from sparsert.ops.attention import (
+    AttentionShape,
+    decode_attention,
+    explain_attention,
+    masked_attention,
+    rotate,
+    split_heads,
+)
 from sparsert.ops.choice import BACKENDS, CAPABILITIES, Capability, Choice
 from sparsert.ops.dense import dense_linear
 from sparsert.ops.linear24 import explain, fuses24, linear24, linear24_close, linear24_open
 from sparsert.ops.norm import DeferredNorm, residual_norm
-from sparsert.ops.pack import pack, unpack
+from sparsert.ops.pack import pack, pack_bitmask, pack_bitmask_unchecked, pack_if_24, refuse_bitmask, unpack
 from sparsert.ops.tiles import Tiled, to_rows
 
 __all__ = [
@@ -27,7 +34,12 @@ __all__ = [
     "linear24",
     "linear24_close",
     "linear24_open",
+    "masked_attention",
     "pack",
+    "pack_bitmask",
+    "pack_bitmask_unchecked",
+    "pack_if_24",
+    "refuse_bitmask",
     "residual_norm",
     "rotate",
     "split_heads",

@@ -135,21 +135,37 @@ def decode_attention(
     visible = position <= lengths.unsqueeze(1)
     if shape.sliding_window is not None:
         visible &= position > lengths.unsqueeze(1) - shape.sliding_window
-    group = shape.num_heads // kv_heads
-    grouped = q.reshape(batch, kv_heads, group, head_dim)
     past_keys, past_values = keys[:batch, :, :window], values[:batch, :, :window]
+    return masked_attention(q.unsqueeze(1), past_keys, past_values, visible.unsqueeze(1), shape).squeeze(1)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, shape: AttentionShape) -> Tensor:
+    """Attention where a mask says which tokens see which; all operations can be captured in a CUDA graph.
+
+    Args:
+        q: ``[batch, queries, num_heads, head_dim]``, rotated.
+        k, v: ``[batch, num_kv_heads, keys, head_dim]``, as a cache holds them.
+        visible: bool ``[batch, queries, keys]``, or with 1 in the place of batch; each query must see some key.
+        shape: scale and soft cap; its sliding window is the mask's business.
+
+    Returns:
+        The shape of q.
+    """
+    batch, queries, _, head_dim = q.shape
+    kv_heads, group = shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
+    # [batch, kv_heads, group * queries, head_dim]: keys are read without a copy for each query head of a group
+    grouped = q.unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
+    visible = visible.repeat(1, group, 1).unsqueeze(1)
     if shape.softcap is None:
-        mask = torch.zeros(batch, window, device=lengths.device, dtype=heads.dtype).masked_fill_(~visible, -torch.inf)
+        mask = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
         attended = torch.nn.functional.scaled_dot_product_attention(
-            grouped, past_keys, past_values, scale=shape.scale,
-            attn_mask=mask.view(batch, 1, 1, window).expand(batch, kv_heads, group, window),
-        )  # fmt: skip
+            grouped, k, v, attn_mask=mask.expand(-1, kv_heads, -1, -1), scale=shape.scale
+        )
     else:
-        scores = (grouped @ past_keys.transpose(-1, -2)).float() * shape.scale
+        scores = (grouped @ k.transpose(-1, -2)).float() * shape.scale
         scores = shape.softcap * torch.tanh(scores / shape.softcap)
-        scores = scores.masked_fill(~visible.view(batch, 1, 1, window), -torch.inf)
-        attended = scores.softmax(-1).to(heads.dtype) @ past_values
-    return attended.reshape(batch, shape.num_heads, head_dim)
+        attended = scores.masked_fill_(~visible, -torch.inf).softmax(-1).to(v.dtype) @ v
+    return attended.unflatten(2, (group, queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def explain_attention(shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> str | None:

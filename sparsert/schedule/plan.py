@@ -100,12 +100,8 @@ class LayerPlan:
         kept = set(self.kept)
         return tuple(index for index in range(self.num_blocks) if index not in kept)
 
-    def within(self, other: LayerPlan) -> bool:
-        """Whether ``other`` runs all that this plan runs: its weights and KV cache then serve this plan too."""
-        return self.num_blocks == other.num_blocks and not any(self._beyond(other))
-
     def check_within(self, other: LayerPlan, what: str) -> None:
-        """Check that this plan lies within ``other``.
+        """Check that ``other`` runs all that this plan runs: its weights and KV cache then serve this plan too.
 
         Args:
             what: what ``other`` is, for the message: ``"the loaded model"``.
@@ -158,6 +154,7 @@ class LayerPlan:
         num_blocks: int,
         removed: Blocks = (),
         *,
+        order: tuple[str | Path, int] | None = None,
         skip_attention: Blocks = (),
         skip_mlp: Blocks = (),
         force: bool = False,
@@ -167,6 +164,8 @@ class LayerPlan:
         Args:
             num_blocks: blocks in the checkpoint.
             removed: blocks to leave out, in the checkpoint's numbering.
+            order: an order file and how many of its first blocks to leave out, instead of ``removed``; see
+                :func:`read_block_order`.
             skip_attention, skip_mlp: blocks of which only this half is left out.
             force: also allow the guarded blocks (0-3 and the last two).
 
@@ -174,6 +173,9 @@ class LayerPlan:
             InputError: an index is out of range or named twice, a block is named for both halves, a
                 guarded block is named without ``force``, or nothing would be left.
         """
+        if order is not None:
+            path, count = order
+            removed = read_block_order(path, count, num_blocks, force=force)
         gone, attention, mlp = (_numbers(blocks) for blocks in (removed, skip_attention, skip_mlp))
         for verb, blocks in (("remove", gone), ("skip the attention of", attention), ("skip the mlp of", mlp)):
             check_block_indices(blocks, num_blocks, verb)
@@ -181,11 +183,6 @@ class LayerPlan:
                 _refuse_guarded(blocks, num_blocks, verb)
         kept = tuple(index for index in range(num_blocks) if index not in set(gone))
         return cls(num_blocks, kept, tuple(sorted(attention)), tuple(sorted(mlp)))
-
-    @classmethod
-    def from_order_file(cls, num_blocks: int, path: str | Path, count: int, *, force: bool = False) -> LayerPlan:
-        """The plan without the first ``count`` blocks of an order file, see :func:`read_block_order`."""
-        return cls.remove(num_blocks, read_block_order(path, count, num_blocks, force=force), force=force)
 
     @classmethod
     def from_per_layer_config(cls, num_blocks: int, per_layer_config: Mapping[Any, Any] | None) -> LayerPlan:

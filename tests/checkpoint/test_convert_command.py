@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +41,36 @@ def test_there_and_back(make_directory: Make, tmp_path: Path, capsys: pytest.Cap
     assert record["packed_linears"] == 0 and record["target"] == "dense" and record["output"].endswith("dense")
     first, last = open_checkpoint(source), open_checkpoint(tmp_path / "dense")
     assert all(torch.equal(first.read(name), last.read(name)) for name in first.names)
+
+
+@pytest.mark.parametrize(
+    ("target", "packed"), [("sparsert", 31), ("dense", 0), ("sparse-24-bitmask", 31), ("safetensors", 0)]
+)
+def test_every_target(
+    make_directory: Make,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    packed: int,
+) -> None:
+    """Of the same pickle, with a bar where there is a terminal."""
+    source = open_checkpoint(pruned(make_directory, dense=1))
+    weights = {name: source.read(name).clone() for name in source.names}
+    pickled = make_directory(weights, layout="bin")
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    assert main(["convert", str(pickled), str(tmp_path / "out"), "--to", target, "--json"]) == 0
+    assert "writing: 100%" in terminal.getvalue()
+    assert json.loads(capsys.readouterr().out)["packed_linears"] == packed
+    copy = open_checkpoint(tmp_path / "out")
+    assert copy.files == [tmp_path / "out" / "model.safetensors"] and copy.names == source.names
+    assert sum(copy.storage(name) == "sparse-24-bitmask" for name in copy.names) == packed
+    assert all(torch.equal(copy.read(name), weights[name]) for name in copy.names)
 
 
 def test_refusals(make_directory: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

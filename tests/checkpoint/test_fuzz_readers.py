@@ -30,9 +30,11 @@ from tiny_gguf import write_tiny_gguf
 from sparsert.checkpoint import inspect_checkpoint, open_checkpoint, read_maskllm, write_maskllm
 from sparsert.checkpoint.gguf_file import convert_gguf
 from sparsert.checkpoint.gguf_header import check_gguf_header
+from sparsert.checkpoint.stored import BITMASK_24
+from sparsert.checkpoint.tensor_stream import TensorStream
 from sparsert.compress import magnitude_mask
 from sparsert.errors import CheckpointError, InputError, SparsertError, UnsupportedError
-from sparsert.formats import bitmask_from_dense
+from sparsert.formats import bitmask_from_dense, dense_from_bitmask
 from sparsert.models import DecoderConfig
 from sparsert.schedule import LayerPlan
 
@@ -113,14 +115,28 @@ def time_limit() -> Iterator[None]:
 
 def read_directory(directory: Path) -> None:
     checkpoint = open_checkpoint(directory)
-    for name in checkpoint.names:
-        tensor = checkpoint.read(name)
-        assert tuple(tensor.shape) == checkpoint.shape(name) and tensor.dtype == checkpoint.dtype(name)
-        checkpoint.claims_two_of_four(name)
-        checkpoint.nbytes(name)
+    with TensorStream(checkpoint, torch.device("cpu")) as stream:
+        for name in checkpoint.names:
+            tensor = checkpoint.read(name)
+            assert tuple(tensor.shape) == checkpoint.shape(name) and tensor.dtype == checkpoint.dtype(name)
+            checkpoint.claims_two_of_four(name)
+            checkpoint.nbytes(name)
+            assert same_bits(stream.read(name, tensor.dtype), tensor)
+            if checkpoint.storage(name) == BITMASK_24:
+                parts = stream.read_packed(name, tensor.dtype)
+                assert same_bits(dense_from_bitmask(*parts, tensor.shape), tensor)
     report = inspect_checkpoint(checkpoint, architecture_check=DecoderConfig.from_hf)
     json.dumps(report.to_dict())
     report.to_text()
+
+
+def all_bytes(tensor: torch.Tensor) -> bytes:
+    content: bytes = tensor.contiguous().reshape(-1).clone().view(torch.uint8).numpy().tobytes()
+    return content
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return all_bytes(one) == all_bytes(other)
 
 
 def read_masks(file: Path) -> None:
@@ -132,7 +148,7 @@ def read_masks(file: Path) -> None:
 
 
 def read_order(file: Path) -> None:
-    LayerPlan.from_order_file(32, file, 3)
+    LayerPlan.remove(32, order=(file, 3))
 
 
 def read_gguf(file: Path) -> None:

@@ -12,12 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_chat_model import save_chat_model
 from tiny_files import tiny_config, tiny_tensors
 
-from sparsert.checkpoint import convert_checkpoint, open_checkpoint, read_maskllm, write_checkpoint
+from sparsert.checkpoint import (
+    convert_checkpoint,
+    inspect_checkpoint,
+    open_checkpoint,
+    read_maskllm,
+    write_checkpoint,
+)
 from sparsert.checkpoint.gguf_header import check_gguf_header
 from sparsert.checkpoint.json_file import read_json
 from sparsert.checkpoint.safetensors_file import read_header
+from sparsert.engine import LLM, SamplingParams
 from sparsert.errors import CheckpointError
 
 Make = Callable[..., Path]
@@ -35,6 +43,24 @@ def test_links_that_lead_out_of_the_directory(make_directory: Make, tmp_path: Pa
     (directory / file).symlink_to(directory / file)
     with pytest.raises(CheckpointError, match=r"leads nowhere|no such file|holds none of"):
         open_checkpoint(directory)
+
+
+def test_code_of_a_checkpoint_never_runs(tmp_path: Path) -> None:
+    """A directory that says that its configuration, model and tokenizer are classes of its own, as on the hub."""
+    directory, evidence = save_chat_model(tmp_path / "model"), tmp_path / "evidence"
+    code = f"open({str(evidence)!r}, 'w')\nclass Own: pass\n"
+    (directory / "own.py").write_text(code)
+    own = {f"Auto{kind}": "own.Own" for kind in ("Config", "ModelForCausalLM")}
+    for name, classes in (("config.json", own), ("tokenizer_config.json", {"AutoTokenizer": ["own.Own", "own.Own"]})):
+        content = json.loads((directory / name).read_text())
+        (directory / name).write_text(json.dumps({**content, "auto_map": classes}))
+    try:
+        llm = LLM(directory, device="cpu")
+        llm.generate(["hello"], SamplingParams(max_new_tokens=2))
+    except CheckpointError as error:
+        assert "tokenizer" in str(error)
+    inspect_checkpoint(open_checkpoint(directory))
+    assert not evidence.exists()
 
 
 def test_links_of_shards_and_small_files(make_directory: Make, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +11,12 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
+from tiny_files import BLOCKS, tiny_tensors
 
-from sparsert.checkpoint import hub
+from sparsert.checkpoint import hub, open_checkpoint
 from sparsert.checkpoint.hub import files_to_fetch, resolve_checkpoint
+from sparsert.cli import main
+from sparsert.compress import magnitude_mask
 from sparsert.errors import CheckpointError
 
 
@@ -123,3 +128,17 @@ def test_unknown_and_gated(serve: Any) -> None:
 def test_the_bar_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     list(hub._terminal_bar()(range(3)))
     assert capsys.readouterr().err == ""
+
+
+def test_commands_take_hub_ids(
+    serve: Any, make_directory: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = tiny_tensors()
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        tensors[name] = tensors[name] * magnitude_mask(tensors[name])
+    serve([], failure=ConnectionError("no route"), cached=make_directory(tensors))
+    assert main(["inspect", "owner/name", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["totals"]["sparse_linears"] == 4 * BLOCKS
+    assert main(["convert", "owner/name", str(tmp_path / "packed")]) == 0
+    provenance = open_checkpoint(tmp_path / "packed").config["quantization_config"]["provenance"]
+    assert provenance.get("base_model", "owner/name") == "owner/name"

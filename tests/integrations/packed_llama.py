@@ -20,7 +20,7 @@ RECORD = {
     "sparsity_structure": "2:4",
     "targets": ["Linear"],
     "ignore": ["lm_head"],
-    "provenance": {"method": "magnitude", "kept_blocks": [0, 1, 2]},
+    "provenance": {"method": "of another tool", "date": "2026-01-01"},
 }
 
 

@@ -8,18 +8,23 @@ import pytest
 import torch
 from tiny_llama import magnitude_prune_, make_llama, save
 
-from sparsert.checkpoint import open_checkpoint
+from sparsert.checkpoint import convert_checkpoint, open_checkpoint
 from sparsert.models import load_model
 
 
 @pytest.mark.gpu
-def test_peak_is_packed_size_and_two_dense_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["dense", "dense float32", "packed"])
+def test_peak_is_packed_size_and_two_dense_layers(tmp_path: Path, form: str) -> None:
     model = make_llama(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=16, num_key_value_heads=4,
         head_dim=64, vocab_size=2048,
     ).bfloat16()  # fmt: skip
     magnitude_prune_(model)
-    path = save(model, tmp_path / "model")
+    path = save(model.float() if form == "dense float32" else model, tmp_path / "model")
+    model.bfloat16()
+    if form == "packed":
+        convert_checkpoint(open_checkpoint(path), tmp_path / "packed")
+        path = tmp_path / "packed"
     largest = max(p.nbytes for n, p in model.named_parameters() if "proj" in n)
     del model
     torch.cuda.empty_cache()

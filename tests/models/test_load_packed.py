@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from tiny_families import make_variant, prune_blocks_
 from tiny_llama import greedy_reference, magnitude_prune_, make_llama, random_prompts, save
 from torch import Tensor
 
-from sparsert.checkpoint import Checkpoint, convert_checkpoint, open_checkpoint
+from sparsert.checkpoint import convert_checkpoint, open_checkpoint, read_maskllm, staging, write_maskllm
+from sparsert.checkpoint.tensor_stream import TensorStream
+from sparsert.compress import magnitude_mask
 from sparsert.engine import LLM, SamplingParams
 from sparsert.errors import CheckpointError
 from sparsert.models import load_model
@@ -44,14 +47,34 @@ def test_the_same_model(directories: tuple[Path, Path], dtype: str) -> None:
     assert ours.report.dense_bytes == dense.report.dense_bytes and ours.report.stored_bytes == dense.report.stored_bytes
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("form", ["dense", "ours", "masks"])
+def test_a_gpu_holds_the_same_bytes(
+    directories: tuple[Path, Path], tmp_path: Path, dtype: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read in many pieces, converted, unpacked and packed there."""
+    monkeypatch.setattr(staging, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(staging, "PIECES", 3)
+    path, masks = directories[form == "ours"], None
+    if form == "masks":
+        path = save(model := make_llama(), tmp_path / "base")
+        weights = {name: p for name, p in model.named_parameters() if name.endswith("_proj.weight")}
+        write_maskllm(tmp_path / "m.npz", ((name, magnitude_mask(weight)) for name, weight in weights.items()))
+        masks = read_maskllm(tmp_path / "m.npz")
+    here, there = (load_model(open_checkpoint(path), device=d, dtype=dtype, masks=masks) for d in ("cpu", "cuda"))
+    assert there.device.type == "cuda" and there.report.count("2:4") == 21
+    assert_same_model(here, there.cpu())
+
+
 def test_no_dense_weight_is_made(directories: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Checkpoint.read
+    read = TensorStream.read
 
-    def refuse(self: Checkpoint, name: str) -> Tensor:
+    def refuse(self: TensorStream, name: str, *arguments: Any) -> Tensor:
         assert not name.endswith("_proj.weight"), "a packed weight was expanded"
-        return read(self, name)
+        return read(self, name, *arguments)
 
-    monkeypatch.setattr(Checkpoint, "read", refuse)
+    monkeypatch.setattr(TensorStream, "read", refuse)
     load_model(open_checkpoint(directories[1]), device="cpu", plan=LayerPlan.remove(3, [1], force=True))
 
 

@@ -6,6 +6,7 @@ import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from tiny_llama import VOCABULARY, delete_blocks_, magnitude_prune_, make_llama,
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from sparsert.checkpoint import Checkpoint, open_checkpoint, read_maskllm, write_maskllm
+from sparsert.checkpoint import open_checkpoint, read_maskllm, write_maskllm
+from sparsert.checkpoint.tensor_stream import TensorStream
 from sparsert.compress import magnitude_mask
 from sparsert.errors import CheckpointError, InputError, SparsityError, UnsupportedError
 from sparsert.models import DecoderModel, load_model
@@ -43,24 +45,30 @@ def _edit_config(directory: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-class Watched(Checkpoint):
-    """A checkpoint that records what is read, and how many earlier reads are still in memory."""
+class Watch:
+    """Records what is read onto the device, and how many earlier reads are still in memory."""
 
-    def __init__(self, other: Checkpoint) -> None:
-        self.__dict__.update(other.__dict__)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reads: list[str] = []
         self.alive: list[weakref.ref[Tensor]] = []
         self.most_alive_linears = 0
+        original = TensorStream.read
 
-    def read(self, name: str) -> Tensor:
-        if name.endswith("_proj.weight"):
+        def read(stream: TensorStream, name: str, *arguments: Any) -> Tensor:
             self.alive = [reference for reference in self.alive if reference() is not None]
-            self.most_alive_linears = max(self.most_alive_linears, len(self.alive) + 1)
-        tensor = super().read(name).clone()
-        self.reads.append(name)
-        if name.endswith("_proj.weight"):
-            self.alive.append(weakref.ref(tensor))
-        return tensor
+            tensor = original(stream, name, *arguments)
+            self.reads.append(name)
+            if name.endswith("_proj.weight"):
+                self.alive.append(weakref.ref(tensor))
+                self.most_alive_linears = max(self.most_alive_linears, len(self.alive))
+            return tensor
+
+        monkeypatch.setattr(TensorStream, "read", read)
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    return Watch(monkeypatch)
 
 
 def test_report_counts_bytes(pruned: tuple[LlamaForCausalLM, Path]) -> None:
@@ -86,17 +94,17 @@ def test_packed_model_holds_no_dense_copy(pruned: tuple[LlamaForCausalLM, Path])
     assert sum(storages.values()) == model.report.stored_bytes + other
 
 
-def test_one_dense_layer_at_a_time(pruned: tuple[LlamaForCausalLM, Path]) -> None:
-    checkpoint = Watched(open_checkpoint(pruned[1]))
+def test_one_dense_layer_at_a_time(pruned: tuple[LlamaForCausalLM, Path], watch: Watch) -> None:
+    checkpoint = open_checkpoint(pruned[1])
     load_model(checkpoint, device="cpu")
-    assert len(checkpoint.reads) == len(set(checkpoint.reads)) == len(checkpoint.names), "each tensor is read once"
-    assert checkpoint.most_alive_linears == 1
+    assert len(watch.reads) == len(set(watch.reads)) == len(checkpoint.names), "each tensor is read once"
+    assert watch.most_alive_linears == 1
 
 
-def test_removed_blocks_are_not_read(pruned: tuple[LlamaForCausalLM, Path]) -> None:
-    checkpoint = Watched(open_checkpoint(pruned[1]))
+def test_removed_blocks_are_not_read(pruned: tuple[LlamaForCausalLM, Path], watch: Watch) -> None:
+    checkpoint = open_checkpoint(pruned[1])
     model = load_model(checkpoint, device="cpu", plan=LayerPlan.remove(3, [1], force=True))
-    assert not any(".layers.1." in name for name in checkpoint.reads)
+    assert not any(".layers.1." in name for name in watch.reads)
     assert {int(name.split(".")[2]) for name in model.report.linears} == {0, 2}, "the report keeps the file's numbers"
     with pytest.raises(InputError, match="layer plan is for 5 blocks, the model has 3"):
         load_model(checkpoint, device="cpu", plan=LayerPlan.full(5))
@@ -245,13 +253,15 @@ def test_values_beyond_float16(pruned: tuple[LlamaForCausalLM, Path]) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_backend_that_cannot_run_is_refused_before_loading(pruned: tuple[LlamaForCausalLM, Path], backend: str) -> None:
-    checkpoint = Watched(open_checkpoint(pruned[1]))
+def test_backend_that_cannot_run_is_refused_before_loading(
+    pruned: tuple[LlamaForCausalLM, Path], watch: Watch, backend: str
+) -> None:
+    checkpoint = open_checkpoint(pruned[1])
     with pytest.raises(UnsupportedError, match=r"use (backend=)?'auto'"):
         load_model(checkpoint, device="cpu", backend=backend)
     with pytest.raises(InputError, match="backend='fast'"):
         load_model(checkpoint, device="cpu", backend="fast")
-    assert not checkpoint.reads
+    assert not watch.reads
 
 
 def test_weights_do_not_alias_the_file(pruned: tuple[LlamaForCausalLM, Path]) -> None:

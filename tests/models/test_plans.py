@@ -123,14 +123,14 @@ def test_a_plan_must_be_within_what_is_loaded(tmp_path: Path) -> None:
     _, checkpoint = make("llama, group 3", tmp_path)
     model = load_model(checkpoint, device="cpu", plan=PLAN)
     tokens = draw_tokens()
-    model.check_plan(PLAN)
+    model(tokens, plan=PLAN)
     model(tokens, plan=LayerPlan(BLOCKS, (0, 1, 5), without_attention=(0,)))
     with pytest.raises(InputError, match=r"runs the attention of block 0,3-4, which is not loaded.*loaded: 5 of 6"):
         model(tokens, plan=LayerPlan.full(BLOCKS))
     with pytest.raises(InputError, match="runs the mlp of block 2, which is not loaded"):
         model(tokens, plan=LayerPlan(BLOCKS, (1, 2)))
     with pytest.raises(InputError, match="for 7 blocks, the model has 6"):
-        model.check_plan(LayerPlan.full(7))
+        model(tokens, plan=LayerPlan.full(7))
 
 
 def test_many_plans_are_not_remembered_for_ever(tmp_path: Path) -> None:
@@ -138,9 +138,9 @@ def test_many_plans_are_not_remembered_for_ever(tmp_path: Path) -> None:
     model: DecoderModel = load_model(checkpoint, device="cpu")
     for bits in range(1, 2**BLOCKS):
         kept = tuple(block for block in range(BLOCKS) if bits >> block & 1)
-        model.check_plan(LayerPlan(BLOCKS, kept))
+        model._route(LayerPlan(BLOCKS, kept))
         for skipped in kept:
-            model.check_plan(LayerPlan(BLOCKS, kept, without_mlp=(skipped,)))
+            model._route(LayerPlan(BLOCKS, kept, without_mlp=(skipped,)))
     assert len(model._routes) <= 64
 
 

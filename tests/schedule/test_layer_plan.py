@@ -52,8 +52,8 @@ def test_contradicting_halves() -> None:
 
 def test_order_file(tmp_path: Path) -> None:
     (tmp_path / "order.csv").write_text("0,27,24,31,26,25")
-    assert LayerPlan.from_order_file(32, tmp_path / "order.csv", 3) == LayerPlan.remove(32, [24, 26, 27])
-    assert LayerPlan.from_order_file(32, tmp_path / "order.csv", 1, force=True).removed == (0,)
+    assert LayerPlan.remove(32, order=(tmp_path / "order.csv", 3)) == LayerPlan.remove(32, [24, 26, 27])
+    assert LayerPlan.remove(32, order=(tmp_path / "order.csv", 1), force=True).removed == (0,)
 
 
 def test_per_layer_config_of_transformers() -> None:
@@ -94,16 +94,20 @@ def test_damaged_per_layer_config(config: Any, message: str) -> None:
 
 def test_within() -> None:
     resident = LayerPlan.remove(12, "5", skip_attention="6", skip_mlp="7")
-    assert resident.within(resident) and resident.within(LayerPlan.full(12))
-    assert LayerPlan.remove(12, "5-7").within(resident)
-    assert not LayerPlan.full(12).within(resident) and not LayerPlan.remove(12, "5,6").within(resident)
+    for within, other in (
+        (resident, resident),
+        (resident, LayerPlan.full(12)),
+        (LayerPlan.remove(12, "5-7"), resident),
+    ):
+        within.check_within(other, "this model")
+    with pytest.raises(InputError, match="the plan runs mlp of block 7, but this model"):
+        LayerPlan.remove(12, "5,6").check_within(resident, "this model")
     with pytest.raises(
         InputError, match=r"runs attention of block 5-6 and mlp of block 5,7, but this model runs 11 of 12"
     ):
         LayerPlan.full(12).check_within(resident, "this model")
     with pytest.raises(InputError, match="the plan is for 9 blocks, this model has 12"):
         LayerPlan.full(9).check_within(resident, "this model")
-    assert not LayerPlan.full(9).within(resident)
 
 
 def test_intersection_is_the_largest_plan_within_both() -> None:
@@ -115,7 +119,8 @@ def test_intersection_is_the_largest_plan_within_both() -> None:
         except InputError as error:
             assert "all 9 blocks would be removed" in str(error)
             continue
-        assert both.within(one) and both.within(other)
+        both.check_within(one, "the first")
+        both.check_within(other, "the second")
         for block in range(9):
             assert both.runs_attention(block) == (one.runs_attention(block) and other.runs_attention(block))
             assert both.runs_mlp(block) == (one.runs_mlp(block) and other.runs_mlp(block))
