@@ -174,7 +174,8 @@ class Trainer:
         >>> def loss_function(tokens, position):
         ...     return torch.nn.functional.cross_entropy(weight.expand(tokens.numel(), -1), tokens.flatten())
         >>> windows = TextWindows(torch.arange(50) % 7, 10)
-        >>> trainer = Trainer([weight], loss_function, windows, TrainingOptions(steps=3, batch_size=2, learning_rate=0.1))
+        >>> options = TrainingOptions(steps=3, batch_size=2, learning_rate=0.1)
+        >>> trainer = Trainer([weight], loss_function, windows, options)
         >>> trainer.train()
         >>> trainer.step, bool(weight[:7].min() > weight[7:].max())
         (3, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +19,7 @@ class Progress:
 
     Example:
         >>> with Progress(3, "measuring", "window", shown=False) as progress:
-        ...     progress.advance(loss=2.5)
+        ...     progress.advance({"loss": 2.5})
     """
 
     def __init__(self, total: int, description: str, unit: str, *, start: int = 0, shown: bool = True) -> None:
@@ -33,12 +34,12 @@ class Progress:
             dynamic_ncols=True,
         )
 
-    def advance(self, count: int = 1, **values: float) -> None:
+    def advance(self, values: Mapping[str, float] | None = None, *, count: int = 1) -> None:
         """Count, and show values beside the bar.
 
         Args:
-            count: how many are done.
             values: numbers to show, by name.
+            count: how many are done.
         """
         if values and not self._bar.disable:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)

@@ -128,7 +128,7 @@ class TrainingRun:
                     if log is not None:
                         log.flush()
                     self._save_state(trainer)
-                progress.advance(loss=record.loss, **values)
+                progress.advance({"loss": record.loss, **values})
 
             trainer.train(callback=after_step)
         trainer.processes.wait()
@@ -167,7 +167,7 @@ class TrainingRun:
             ) from error
         except Exception as error:  # pickle's own errors, which are many
             raise CheckpointError(
-                f"{self.state_file}: is damaged ({first_line(error)}); remove it and start"
+                f"{self.state_file}: is damaged ({first_line(error)}); remove the directory, start anew"
             ) from error
         return state
 
@@ -238,9 +238,7 @@ def _disk(directory: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        text = str(error)
-        full = getattr(error, "errno", None) is not None or "write" in text.lower() and "file" in text.lower()
-        if isinstance(error, RuntimeError) and not full:
+        if isinstance(error, RuntimeError) and "writing file" not in str(error):
             raise
         free = shutil.disk_usage(directory.parent).free if directory.parent.is_dir() else 0
         raise CheckpointError(

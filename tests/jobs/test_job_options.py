@@ -83,7 +83,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"missing\.json: cannot be read"):
         parse("--config", tmp_path / "missing.json")
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(InputError, match="it must be a JSON or, named .toml, a TOML file"):
+    with pytest.raises(InputError, match=r"it must be a JSON or, named \.toml, a TOML file"):
         parse("--config", tmp_path / "broken.json")
     (tmp_path / "broken.toml").write_text("=")
     with pytest.raises(InputError, match=r"broken\.toml: cannot be read"):
