@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, linear
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from sparsert.compress.anatomy import Anatomy
@@ -131,7 +131,7 @@ class MaskedLinear(nn.Module):
             weight = self.weight * self.mask()
         else:
             weight = self.weight
-        return linear(x, weight, self.bias)
+        return functional.linear(x, weight, self.bias)
 
     @torch.no_grad()
     def mask(self) -> Tensor:
@@ -197,12 +197,12 @@ class MaskLearner:
         def loss_of_rows(logits: Tensor, part: slice) -> Tensor:
             loss = torch.zeros((), device=logits.device)
             if share < 1:
-                loss = loss + (1 - share) * cross_entropy(logits, labels[part], reduction="sum")
+                loss = loss + (1 - share) * functional.cross_entropy(logits, labels[part], reduction="sum")
             if teacher is not None:
                 with torch.no_grad():
                     wanted = logits_of(self.anatomy, teacher[part]).log_softmax(-1)
                 said = logits.log_softmax(-1)
-                loss = loss + share * kl_div(said, wanted, reduction="sum", log_target=True)
+                loss = loss + share * functional.kl_div(said, wanted, reduction="sum", log_target=True)
             return loss
 
         hidden = _rows(self.anatomy.hidden(tokens))
