@@ -18,7 +18,7 @@ from sparsert.compress.mask_learning import MaskLearner, MaskSettings, first_log
 from sparsert.compress.text import TextWindows
 from sparsert.compress.training import Position, Trainer, TrainingOptions
 from sparsert.errors import InputError
-from sparsert.ops import hard_mask
+from sparsert.ops import hard_mask, masked_weight
 
 START = Position(0, 0, 0.0, 7)
 
@@ -35,10 +35,8 @@ def test_first_logits_put_the_prior_ahead() -> None:
     weight = torch.randn(60, 80)
     prior = magnitude_mask(weight)
     logits = first_logits("a", weight, MaskSettings(prior_strength=3), prior, seed=1)
-    assert (
-        torch.equal(hard_mask(logits, (60, 80)) & prior, prior)
-        or float((hard_mask(logits, (60, 80)) == prior).float().mean()) > 0.95
-    )
+    # noise of one deviation against a lead of three
+    assert float((hard_mask(logits, (60, 80)) == prior).float().mean()) > 0.95
     best, worst = logits.max(1).values - logits.median(1).values, logits.median(1).values - logits.min(1).values
     assert float(best.mean()) == pytest.approx(0.03, rel=0.3) and float(worst.mean()) == pytest.approx(0.03, rel=0.3)
     none = first_logits("a", weight, MaskSettings(), None, seed=1)
@@ -116,18 +114,11 @@ def test_regularisation_rewards_large_weights_and_counts_once_an_update() -> Non
     _, halves = loss_and_gradient(learner, tokens, Position(0, 0, 0.0, 7, share=0.5))
     learner.settings = MaskSettings(regularisation=0)
     _, without = loss_and_gradient(learner, tokens)
+    controls = learner._controls * torch.tensor([1.0, 1.0, 0.0])
     reward = torch.zeros(())
-    for layer, number in zip(learner.layers.values(), range(len(learner.layers)), strict=True):
-        seed = learner._seeds[number : number + 1]
-        from sparsert.ops import masked_weight
-
-        reward = (
-            reward
-            - 0.5
-            * masked_weight(layer.weight, layer.logits, learner._controls * torch.tensor([1, 1, 0.0]), seed)
-            .square()
-            .sum()
-        )
+    for number, layer in enumerate(learner.layers.values()):
+        masked = masked_weight(layer.weight, layer.logits, controls, learner._seeds[number : number + 1])
+        reward = reward - 0.5 * masked.square().sum()
     of_reward = torch.autograd.grad(reward, learner.parameters)
     for full, half, plain, extra in zip(gradients, halves, without, of_reward, strict=True):
         torch.testing.assert_close(full - plain, extra, rtol=1e-2, atol=1e-4)
