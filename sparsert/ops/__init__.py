@@ -12,6 +12,7 @@ from sparsert.ops.attention import (
 from sparsert.ops.choice import BACKENDS, CAPABILITIES, Capability, Choice
 from sparsert.ops.dense import dense_linear
 from sparsert.ops.linear24 import explain, fuses24, linear24, linear24_close, linear24_open
+from sparsert.ops.masked_weight import CANDIDATES, candidate_masks, hard_mask, masked_weight
 from sparsert.ops.norm import DeferredNorm, residual_norm
 from sparsert.ops.pack import pack, pack_bitmask, pack_bitmask_unchecked, pack_if_24, refuse_bitmask, unpack
 from sparsert.ops.tiles import Tiled, to_rows
@@ -19,6 +20,7 @@ from sparsert.ops.tiles import Tiled, to_rows
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
+    "CANDIDATES",
     "CAPABILITIES",
     "AttentionShape",
     "Capability",
@@ -26,15 +28,18 @@ __all__ = [
     "DeferredNorm",
     "Tiled",
     "activate",
+    "candidate_masks",
     "decode_attention",
     "dense_linear",
     "explain",
     "explain_attention",
     "fuses24",
+    "hard_mask",
     "linear24",
     "linear24_close",
     "linear24_open",
     "masked_attention",
+    "masked_weight",
     "pack",
     "pack_bitmask",
     "pack_bitmask_unchecked",
