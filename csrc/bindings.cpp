@@ -106,13 +106,12 @@ void gemm24_cuda(uintptr_t values, uintptr_t metadata, uintptr_t x, uintptr_t bi
   check(sparsert::gemm24(arguments, choice, device.multiprocessors, true, pointer<void>(stream)), "gemm24");
 }
 
-// (name, outputs and tokens of a block, whether a cluster splits the inputs, whether it takes a SiLU gate) of each config.
-std::vector<std::tuple<std::string, int, int, bool, bool>> gemm24_configs() {
-  std::vector<std::tuple<std::string, int, int, bool, bool>> configs;
+// (name, outputs and tokens of a block, whether a cluster splits the inputs) of each config.
+std::vector<std::tuple<std::string, int, int, bool>> gemm24_configs() {
+  std::vector<std::tuple<std::string, int, int, bool>> configs;
   for (int i = 0; i < sparsert::gemm24_config_count(); ++i)
     configs.emplace_back(sparsert::gemm24_config_name(i), sparsert::gemm24_config_outputs(i),
-                         sparsert::gemm24_config_tokens(i), sparsert::gemm24_config_splits(i),
-                         sparsert::gemm24_config_takes(i, sparsert::Activation::kSilu, true));
+                         sparsert::gemm24_config_tokens(i), sparsert::gemm24_config_splits(i));
   return configs;
 }
 

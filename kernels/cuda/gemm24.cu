@@ -32,9 +32,7 @@ int gemm24_config_outputs(int config) { return kBFloat16Configs[config].outputs;
 int gemm24_config_tokens(int config) { return kBFloat16Configs[config].tokens; }
 bool gemm24_config_splits(int config) { return kBFloat16Configs[config].split; }
 bool gemm24_config_takes(int config, Activation activation, bool gated) {
-  const Config& c = kBFloat16Configs[config];
-  if (c.split || (activation == Activation::kNone && !gated)) return true;
-  return c.gated_launcher != nullptr && activation == Activation::kSilu && gated;
+  return kBFloat16Configs[config].split || (gated ? activation == Activation::kSilu : activation == Activation::kNone);
 }
 
 int gemm24(const Gemm24Arguments& a, Gemm24Choice choice, int multiprocessors, bool dependent_launch, void* stream) {

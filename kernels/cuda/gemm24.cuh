@@ -66,9 +66,12 @@ struct Shape {
   // One token's outputs of a warp, and 16 bytes that put the eight rows of a stmatrix into different banks.
   static constexpr int kStagedRow = RowTiles * kRowTile * 2 + 16;
   static constexpr int kStagedBytes = Split ? 0 : kWarps * kStagedTokens * kStagedRow;
+  // Two rooms in which warps swap gates and factors.
+  static constexpr int kExchangeBytes = Split || RowTiles == 2 ? 0 : 2 * kWarps * 32 * 16;
   static constexpr int kSumStride = kOutputs + 4;  // floats of one token
   static constexpr int kSumBytes = Split ? Tokens * kSumStride * 4 : 0;
-  static constexpr int kMainBytes = kRingBytes + kStagedBytes > kSumBytes ? kRingBytes + kStagedBytes : kSumBytes;
+  static constexpr int kTileBytes = kRingBytes + kStagedBytes + kExchangeBytes;
+  static constexpr int kMainBytes = kTileBytes > kSumBytes ? kTileBytes : kSumBytes;
   static constexpr int kSharedBytes = kMainBytes + 2 * Stages * 8 + 1024;  // the ring starts at a multiple of 1,024
   static_assert(kSharedBytes <= 227 * 1024);
   static_assert(Depth == 4 || Depth == 8);
@@ -188,25 +191,49 @@ __device__ __forceinline__ void produce(const KernelArguments& p, uint32_t ring,
   }
 }
 
-// Rounds and writes one warp's outputs of a tile, kStagedTokens tokens at a time, through its part of `staged`. Gated: the
-// first row tile is a gate, the second its factor, the activation SiLU. Others would be inlined for every number, and
-// code that does not fit the instruction cache costs more than a kernel of its own.
+// Bias of the rows g and g + 8 of each tile of a warp; zero where there is none.
+template <typename T, int RowTiles>
+__device__ __forceinline__ void load_bias(float (&added)[RowTiles][2], const KernelArguments& p, int first_output, int lane) {
+#pragma unroll
+  for (int r = 0; r < RowTiles; ++r)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int output = first_output + r * kRowTile + h * 8 + lane / 4;
+      added[r][h] = p.bias != nullptr && output < p.N ? float(static_cast<const T*>(p.bias)[output]) : 0.0f;
+    }
+}
+
+// Writes Rows tokens with Pieces * 8 outputs each, from a warp's staged rows.
+template <typename T, int Rows, int Pieces>
+__device__ __forceinline__ void write_staged(const KernelArguments& p, uint32_t staged, int row_bytes, int first_token,
+                                             int first_output, int width, int lane) {
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < Rows * Pieces; i += 32) {
+    const int token = (i + lane) / Pieces, output = first_output + (i + lane) % Pieces * 8;
+    if (i + lane >= Rows * Pieces || first_token + token >= p.M || output >= width) continue;
+    const uint4 v = ptx::load_shared_16(staged + token * row_bytes + (i + lane) % Pieces * 16);
+    T* const to = static_cast<T*>(p.y) + int64_t(first_token + token) * width + output;
+    if (width % 8 == 0) {
+      *reinterpret_cast<uint4*>(to) = v;
+    } else {
+      const uint32_t parts[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int k = 0; k < 8; ++k)
+        if (output + k < width) reinterpret_cast<uint16_t*>(to)[k] = uint16_t(parts[k / 2] >> k % 2 * 16);
+    }
+  }
+  __syncwarp();
+}
+
+// Rounds and writes one warp's outputs of a tile, kStagedTokens tokens at a time, through its part of `staged`. Gated: of
+// two row tiles the first is a gate, the second its factor; the activation is SiLU. Others would be inlined for every
+// number, and code that does not fit the instruction cache costs more than a kernel of its own.
 template <typename T, int RowTiles, int Tokens, bool Gated>
 __device__ __forceinline__ void write_tile(const KernelArguments& p, const float (&sum)[RowTiles][Tokens / 2],
                                            int first_output, int first_token, uint32_t staged, int row_bytes, int lane) {
-  const T* const bias = static_cast<const T*>(p.bias);
-  float added[RowTiles][2] = {};
-  if (bias != nullptr) {
-#pragma unroll
-    for (int r = 0; r < RowTiles; ++r)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int output = first_output + r * kRowTile + h * 8 + lane / 4;
-        if (output < p.N) added[r][h] = float(bias[output]);
-      }
-  }
-  const int width = Gated ? p.N / 2 : p.N, first = Gated ? first_output / 2 : first_output;
-  constexpr int kPieces = Gated ? 2 : RowTiles * 2;  // of 16 bytes, a token
+  float added[RowTiles][2];
+  load_bias<T>(added, p, first_output, lane);
   const uint32_t my_row = staged + lane % 8 * row_bytes + lane / 8 * 16;
 #pragma unroll
   for (int t = 0; t < Tokens; t += kStagedTokens) {
@@ -227,29 +254,48 @@ __device__ __forceinline__ void write_tile(const KernelArguments& p, const float
           }
           v[r * 2 + h] = pack(low, high, T{});
         }
-      const uint32_t to = my_row + j * 8 * row_bytes;
-      if constexpr (kPieces == 4)
-        ptx::store_matrix_x4_transposed(to, v[0], v[1], v[RowTiles * 2 - 2], v[RowTiles * 2 - 1]);
+      if constexpr (RowTiles == 2 && !Gated)
+        ptx::store_matrix_x4_transposed(my_row + j * 8 * row_bytes, v[0], v[1], v[2], v[3]);
       else
-        ptx::store_matrix_x2_transposed(to, v[0], v[1]);
+        ptx::store_matrix_x2_transposed(my_row + j * 8 * row_bytes, v[0], v[1]);
     }
-    __syncwarp();
+    write_staged<T, kStagedTokens, Gated ? 2 : RowTiles * 2>(p, staged, row_bytes, first_token + t,
+                                                             Gated ? first_output / 2 : first_output,
+                                                             Gated ? p.N / 2 : p.N, lane);
+  }
+}
+
+// The same where a warp has one row tile: the even one of two warps has the gate, the odd one its factor. Of 16 tokens
+// each computes 8, and gets from the other what it lacks, lane by lane.
+template <typename T, int Tokens>
+__device__ __forceinline__ void write_gated_tile(const KernelArguments& p, const float (&sum)[1][Tokens / 2],
+                                                 int first_output, int first_token, uint32_t staged, int row_bytes,
+                                                 uint32_t exchange, int warp, int lane) {
+  float added[1][2];
+  load_bias<T>(added, p, first_output, lane);
+  const bool is_factor = warp % 2 != 0;
+  const uint32_t my_row = staged + lane % 8 * row_bytes + lane / 8 * 16;
 #pragma unroll
-    for (int i = 0; i < kStagedTokens * kPieces; i += 32) {
-      const int token = (i + lane) / kPieces, piece = (i + lane) % kPieces, output = first + piece * 8;
-      if (first_token + t + token >= p.M || output >= width) continue;
-      const uint4 v = ptx::load_shared_16(staged + token * row_bytes + piece * 16);
-      T* const to = static_cast<T*>(p.y) + int64_t(first_token + t + token) * width + output;
-      if (width % 8 == 0) {
-        *reinterpret_cast<uint4*>(to) = v;
-      } else {
-        const uint32_t parts[4] = {v.x, v.y, v.z, v.w};
+  for (int t = 0; t < Tokens; t += kStagedTokens) {
+    if (first_token + t >= p.M) break;
+    const int at = t / 8 * 4, room = t / kStagedTokens % 2 * kWarps;  // two rooms: one is read while the other is written
+    float own[4], given[4], other[4];
 #pragma unroll
-        for (int k = 0; k < 8; ++k)
-          if (output + k < width) reinterpret_cast<uint16_t*>(to)[k] = uint16_t(parts[k / 2] >> k % 2 * 16);
-      }
+    for (int i = 0; i < 4; ++i) {
+      const float first = sum[0][at + i] + added[0][i / 2], second = sum[0][at + 4 + i] + added[0][i / 2];
+      own[i] = is_factor ? second : first;
+      given[i] = is_factor ? first : second;
     }
-    __syncwarp();
+    ptx::store_shared_16(exchange + ((room + warp) * 32 + lane) * 16, given);
+    asm volatile("bar.sync %0, 64;" ::"r"(2 + warp / 2) : "memory");
+    ptx::load_shared_floats(other, exchange + ((room + (warp ^ 1)) * 32 + lane) * 16);
+    float out[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      out[i] = activation(Activation::kSilu, is_factor ? other[i] : own[i]) * (is_factor ? own[i] : other[i]);
+    ptx::store_matrix_x2_transposed(my_row, pack(out[0], out[1], T{}), pack(out[2], out[3], T{}));
+    write_staged<T, kStagedTokens / 2, 2>(p, staged, row_bytes, first_token + t + (is_factor ? 8 : 0),
+                                          (first_output - (is_factor ? kRowTile : 0)) / 2, p.N / 2, lane);
   }
 }
 
@@ -378,8 +424,12 @@ __device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring,
     const int output = tile.group * S::kOutputs + warp * RowTiles * kRowTile, token = tile.tokens * Tokens;
     if constexpr (!Split) {
       if (next < tiles) products.begin(p, first_tile(tile_of(next)), chunk_begin, unit_end, lane);
-      write_tile<T, RowTiles, Tokens, Gated>(p, products.sum, output, token,
-                                             staged + warp * kStagedTokens * S::kStagedRow, S::kStagedRow, lane);
+      const uint32_t my_staged = staged + warp * kStagedTokens * S::kStagedRow;
+      if constexpr (Gated && RowTiles == 1)
+        write_gated_tile<T, Tokens>(p, products.sum, output, token, my_staged, S::kStagedRow, staged + S::kStagedBytes, warp,
+                                    lane);
+      else
+        write_tile<T, RowTiles, Tokens, Gated>(p, products.sum, output, token, my_staged, S::kStagedRow, lane);
     } else {
       asm volatile("bar.sync 1, 256;" ::: "memory");  // both warpgroups left the ring
       float* const sums = reinterpret_cast<float*>(shared);
@@ -466,15 +516,15 @@ struct Config {
   const char* name;
   int outputs, tokens;  // of a block
   bool split;           // a cluster splits the inputs, instead of sharing activations
-  Launcher launcher, gated_launcher;  // the second with SiLU, or null
+  // The second for SiLU and a gate. Where inputs are split they are the same, and take any activation.
+  Launcher launcher, gated_launcher;
 };
 
 template <typename T, int RowTiles, int Tokens, int Stages, int Depth, bool Split>
 constexpr Config make_config(const char* name) {
-  Config config = {name, kRowTile * RowTiles * kWarps, Tokens, Split,
-                   launch<T, RowTiles, Tokens, Stages, Depth, Split, false>, nullptr};
-  if constexpr (Split) config.gated_launcher = config.launcher;  // any activation, told by the arguments
-  if constexpr (!Split && RowTiles == 2) config.gated_launcher = launch<T, RowTiles, Tokens, Stages, Depth, Split, true>;
+  constexpr Launcher launcher = launch<T, RowTiles, Tokens, Stages, Depth, Split, false>;
+  Config config = {name, kRowTile * RowTiles * kWarps, Tokens, Split, launcher, launcher};
+  if constexpr (!Split) config.gated_launcher = launch<T, RowTiles, Tokens, Stages, Depth, Split, true>;
   return config;
 }
 
