@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -92,18 +93,28 @@ void linear24_step_cuda(uintptr_t values, uintptr_t metadata, uintptr_t x, uintp
         "linear24");
 }
 
-// config -1: the chosen one.
+sparsert::Gemm24Choice gemm24_choice(int M, int N, int K, const std::optional<std::tuple<int, int, bool>>& named) {
+  if (!named) return sparsert::select_gemm24(M, N, K, sparsert::current_device_facts());
+  return {std::get<0>(*named), std::get<1>(*named), std::get<2>(*named)};
+}
+
+// named: (config, cluster, even) instead of the chosen one, for tuning and for tests that cover every config.
+int64_t gemm24_workspace(int M, int N, int K, const std::optional<std::tuple<int, int, bool>>& named) {
+  return sparsert::gemm24_workspace_bytes(gemm24_choice(M, N, K, named), sparsert::current_device_facts().multiprocessors);
+}
+
 void gemm24_cuda(uintptr_t values, uintptr_t metadata, uintptr_t x, uintptr_t bias, uintptr_t y, int M, int N, int K,
-                 int64_t ldx, int activation, bool gated, int dtype, uintptr_t stream, int config, int cluster) {
+                 int64_t ldx, int activation, bool gated, uintptr_t workspace, int dtype, uintptr_t stream,
+                 const std::optional<std::tuple<int, int, bool>>& named) {
   sparsert::Gemm24Arguments arguments{pointer<void>(values), pointer<uint32_t>(metadata), pointer<void>(x),
                                       pointer<void>(bias),   pointer<void>(y),            M, N, K, ldx,
                                       static_cast<sparsert::DType>(dtype)};
   arguments.activation = static_cast<sparsert::Activation>(activation);
   arguments.gated = gated;
-  const sparsert::DeviceFacts device = sparsert::current_device_facts();
-  const sparsert::Gemm24Choice choice =
-      config < 0 ? sparsert::select_gemm24(M, N, K, device, gated) : sparsert::Gemm24Choice{config, cluster};
-  check(sparsert::gemm24(arguments, choice, device.multiprocessors, true, pointer<void>(stream)), "gemm24");
+  arguments.workspace = pointer<void>(workspace);
+  check(sparsert::gemm24(arguments, gemm24_choice(M, N, K, named), sparsert::current_device_facts().multiprocessors, true,
+                         pointer<void>(stream)),
+        "gemm24");
 }
 
 // (name, outputs and tokens of a block, whether a cluster splits the inputs) of each config.
@@ -243,7 +254,10 @@ PYBIND11_MODULE(_C, module) {
 #ifdef SPARSERT_CUDA
   module.def("linear24_cuda", &linear24_cuda);
   module.def("linear24_step_cuda", &linear24_step_cuda);
-  module.def("gemm24_cuda", &gemm24_cuda);
+  module.def("gemm24_cuda", &gemm24_cuda, py::arg("values"), py::arg("metadata"), py::arg("x"), py::arg("bias"), py::arg("y"),
+             py::arg("M"), py::arg("N"), py::arg("K"), py::arg("ldx"), py::arg("activation"), py::arg("gated"),
+             py::arg("workspace"), py::arg("dtype"), py::arg("stream"), py::arg("named") = py::none());
+  module.def("gemm24_workspace", &gemm24_workspace, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("named") = py::none());
   module.def("gemm24_configs", &gemm24_configs);
   module.def("linear24_parts", &linear24_parts);
   module.def("activation_tiles", &sparsert::activation_tiles);

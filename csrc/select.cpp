@@ -85,8 +85,8 @@ Linear24Choice select_linear24(int M, int N, int K, const DeviceFacts& device, b
   return choice;
 }
 
-Gemm24Choice select_gemm24(int M, int N, int K, const DeviceFacts& device, bool gated) {
-  return {0, 2};
+Gemm24Choice select_gemm24(int M, int N, int K, const DeviceFacts& device) {
+  return {1, 2, false};
 }
 
 void override_linear24(int N, int K, int batch, int config, int splits) {

@@ -17,7 +17,7 @@ DeviceFacts current_device_facts();
 Linear24Choice select_linear24(int M, int N, int K, const DeviceFacts& device, bool gated = false);
 
 // For a Hopper GPU.
-Gemm24Choice select_gemm24(int M, int N, int K, const DeviceFacts& device, bool gated = false);
+Gemm24Choice select_gemm24(int M, int N, int K, const DeviceFacts& device);
 
 // For tuning: from now on a layer of this shape runs this way at batches up to `batch` (one of the table's) and above
 // the next smaller one. config -1 forgets it.

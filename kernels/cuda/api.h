@@ -73,6 +73,9 @@ struct Gemm24Arguments {
   DType dtype;               // bf16 or fp16, of values, x, bias and y alike
   Activation activation = Activation::kNone;
   bool gated = false;        // as in Linear24Arguments; N is a multiple of 32
+  // gemm24_workspace_bytes(), 16-byte aligned, of any content; must not be shared with a launch that may run at a time
+  // with this one.
+  void* workspace = nullptr;
 };
 
 // Which instantiation, and how many blocks make a cluster: by some configs they share activations, by others the inputs
@@ -80,6 +83,7 @@ struct Gemm24Arguments {
 struct Gemm24Choice {
   int config;
   int cluster;
+  bool even;  // the inputs of tiles that do not fill a round are dealt out evenly (stream-K); configs with 128 outputs
 };
 
 int gemm24_config_count();
@@ -89,6 +93,7 @@ int gemm24_config_tokens(int config);
 bool gemm24_config_splits(int config);
 // All take SiLU with a gate and no activation without one; where inputs are split, others too.
 bool gemm24_config_takes(int config, Activation activation, bool gated);
+int64_t gemm24_workspace_bytes(Gemm24Choice choice, int multiprocessors);
 int gemm24(const Gemm24Arguments& arguments, Gemm24Choice choice, int multiprocessors, bool dependent_launch, void* stream);
 
 struct DenseLinearArguments {

@@ -35,6 +35,13 @@ bool gemm24_config_takes(int config, Activation activation, bool gated) {
   return kBFloat16Configs[config].split || (gated ? activation == Activation::kSilu : activation == Activation::kNone);
 }
 
+int64_t gemm24_workspace_bytes(Gemm24Choice choice, int multiprocessors) {
+  if (!choice.even) return 0;
+  const Config& config = kBFloat16Configs[choice.config];
+  const int64_t blocks = multiprocessors / choice.cluster * choice.cluster;
+  return blocks * config.outputs * config.tokens * 4 + blocks * 8;
+}
+
 int gemm24(const Gemm24Arguments& a, Gemm24Choice choice, int multiprocessors, bool dependent_launch, void* stream) {
   if (a.M < 1 || a.N < 1 || a.K < 8 || a.K % 8 != 0 || a.dtype == DType::kFloat32) return cudaErrorInvalidValue;
   if (choice.config < 0 || choice.config >= kConfigCount || choice.cluster < 1) return cudaErrorInvalidValue;
@@ -70,7 +77,19 @@ int gemm24(const Gemm24Arguments& a, Gemm24Choice choice, int multiprocessors, b
   const int groups = (a.N + config.outputs - 1) / config.outputs;
   const int sharers = config.split ? 1 : choice.cluster;  // blocks of a cluster that have outputs of their own
   arguments.group_sets = (groups + sharers - 1) / sharers;
-  return (a.gated ? config.gated_launcher : config.launcher)(arguments, multiprocessors, dependent_launch,
+  const int tiles = arguments.group_sets * arguments.token_tiles, room = multiprocessors / choice.cluster;
+  int clusters = config.split || tiles < room ? tiles : room;
+  arguments.shared_tiles = 0;
+  if (choice.even) {
+    if (config.split || config.outputs != kRowTile * kWarps || a.workspace == nullptr) return cudaErrorInvalidValue;
+    clusters = room;
+    // the last round and, if there is one, the round before it: everybody then has at least a tile's work
+    arguments.shared_tiles = tiles < room ? tiles : tiles % room == 0 ? 0 : tiles % room + room;
+    arguments.partial_sums = static_cast<float*>(a.workspace);
+    arguments.marks = reinterpret_cast<unsigned long long*>(static_cast<char*>(a.workspace) +
+                                                            int64_t(room) * choice.cluster * config.outputs * config.tokens * 4);
+  }
+  return (a.gated ? config.gated_launcher : config.launcher)(arguments, clusters * choice.cluster, dependent_launch,
                                                              static_cast<cudaStream_t>(stream));
 }
 

@@ -11,7 +11,8 @@
 //   * Two warpgroups multiply. A warp holds neighbouring row tiles, so a gate and its factor, which stand in turn, meet in
 //     one thread, and the product needs no further pass.
 //   * Blocks stay for all their tiles, in an order that keeps a few weights and a few tokens in L2; while a tile is
-//     written the activations of the next one arrive.
+//     written the activations of the next one arrive. What tiles are left over for a last, partial round are dealt out
+//     evenly by their inputs (Schedule).
 //   * Layers with few tiles split their inputs over a cluster instead and add up through distributed shared memory, in a
 //     fixed order, as linear24.cuh does.
 //
@@ -39,7 +40,7 @@ constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 constexpr int kUnitBytes = kUnit * 2;             // of a token's activations
 constexpr int kUnitValueBytes = 2 * 512;          // of a row tile
 constexpr int kMaxSplits = 8;                     // portable cluster size
-constexpr int kMaxSharers = 4;
+constexpr int kMaxSharers = 2;                    // clusters of four do not fill a Hopper GPU
 constexpr int kStagedTokens = 16;                 // that a warp writes at a time
 // Tiles of tokens that blocks work on before they turn to other tokens.
 constexpr int kRaster = 8;
@@ -54,6 +55,9 @@ struct KernelArguments {
   int row_tiles, units;
   int group_sets, token_tiles;  // sets of output groups that a cluster works on at a time: one a block, or one in all
   int cluster;                  // blocks that share activations, or over which the inputs are split
+  int shared_tiles;             // tiles, from the first, whose inputs are dealt out evenly over all clusters
+  float* partial_sums;          // room for one tile a block, and
+  unsigned long long* marks;    // for one mark a block; only where there are shared tiles
   Activation activation;
   bool gated;
 };
@@ -102,6 +106,49 @@ struct Place {
 
 struct Tile {
   int group, tokens;  // numbers of the output group and of the tile of tokens
+};
+
+// Chunks begin .. end-1 of the n-th tile of a cluster.
+struct Work {
+  int n, begin, end;
+};
+
+// What a cluster does, in this order. Where the number of tiles is not a multiple of that of clusters, the chunks of some
+// tiles are laid end to end and dealt out evenly (stream-K); after them come whole tiles.
+//
+//   tiles        0               1               2
+//   chunks   |---------------|---------------|---------------|
+//   clusters |---- 0 ----|---- 1 ----|---- 2 ----|---- 3 ----|
+//
+// Who has a tile's last chunk adds up and writes it. He needs what clusters of lower number left, and everybody begins with
+// the chunks that somebody else waits for, so nobody waits long, and nobody for a block that has not started.
+struct Schedule {
+  int chunks, clusters, tiles;
+  int shared_begin, shared_end;  // chunks of shared tiles that are still to do
+  int n;                         // the next whole tile
+
+  __device__ __forceinline__ Schedule(const KernelArguments& p, int cluster, int clusters) : clusters(clusters) {
+    chunks = (p.units + kUnitsPerChunk - 1) / kUnitsPerChunk;
+    tiles = p.group_sets * p.token_tiles;
+    shared_begin = first_of(p, cluster);
+    shared_end = first_of(p, cluster + 1);
+    n = p.shared_tiles + cluster;
+  }
+  __device__ __forceinline__ int first_of(const KernelArguments& p, int cluster) const {
+    return int(int64_t(p.shared_tiles) * chunks * cluster / clusters);
+  }
+  __device__ __forceinline__ bool next(Work& work) {
+    if (shared_end > shared_begin) {
+      work.n = (shared_end - 1) / chunks;
+      work.begin = max(shared_begin - work.n * chunks, 0);
+      work.end = shared_end - work.n * chunks;
+      shared_end = work.n * chunks + work.begin;
+      return true;
+    }
+    work = {n, 0, chunks};
+    n += clusters;
+    return work.n < tiles;
+  }
 };
 
 // The n-th tile of block `rank` of a cluster: kRaster tiles of tokens with all outputs, then the next.
@@ -166,18 +213,17 @@ struct Products {
   }
 };
 
-template <typename T, int RowTiles, int Tokens, int Stages, int Depth, bool Split>
+template <int RowTiles, int Tokens, int Stages, int Depth, bool Split, typename NextWork>
 __device__ __forceinline__ void produce(const KernelArguments& p, uint32_t ring, uint32_t full, uint32_t empty, int rank,
-                                        int chunk_begin, int chunk_end) {
+                                        NextWork next_work) {
   using S = Shape<RowTiles, Tokens, Stages, Depth, Split>;
   const int shared_by = Split ? 1 : p.cluster;
   const int box = Tokens / shared_by;  // tokens that this block fetches
-  const int clusters = gridDim.x / p.cluster, tiles = p.group_sets * p.token_tiles;
   Place<Stages> place;
   ptx::wait_dependency();
-  for (int n = blockIdx.x / p.cluster; n < tiles; n += clusters) {
-    const int first = tile_at<Split>(p, n, rank).tokens * Tokens;
-    for (int unit = chunk_begin * kUnitsPerChunk; unit < chunk_end * kUnitsPerChunk; ++unit) {
+  for (Work work; next_work(work);) {
+    const int first = tile_at<Split>(p, work.n, rank).tokens * Tokens;
+    for (int unit = work.begin * kUnitsPerChunk; unit < work.end * kUnitsPerChunk; ++unit) {
       const uint32_t barrier = full + place.stage * 8, to = ring + place.stage * S::kStageBytes;
       ptx::barrier_wait(empty + place.stage * 8, place.parity ^ 1);
       ptx::barrier_expect(barrier, S::kStageBytes);
@@ -189,6 +235,41 @@ __device__ __forceinline__ void produce(const KernelArguments& p, uint32_t ring,
       place.next();
     }
   }
+}
+
+// A mark says that a block's partial sums are complete. It names the block, so that no number that happened to lie there
+// is taken for one; who has read them wipes it out.
+__device__ __forceinline__ unsigned long long mark_of(int block) { return 0x5BA2'6E3D'91C7'0000ull + block; }
+
+// Sums of a warpgroup's threads, in the order in which the same threads of another block will read them.
+template <int Sums>
+__device__ __forceinline__ void leave_sums(const KernelArguments& p, const float (&sum)[1][Sums], int thread) {
+  float4* const to = reinterpret_cast<float4*>(p.partial_sums) + int64_t(blockIdx.x) * (Sums / 4) * 256 + thread;
+#pragma unroll
+  for (int i = 0; i < Sums / 4; ++i)
+    __stcg(to + i * 256, make_float4(sum[0][4 * i], sum[0][4 * i + 1], sum[0][4 * i + 2], sum[0][4 * i + 3]));
+  __threadfence();
+  asm volatile("bar.sync 1, 256;" ::: "memory");
+  if (thread == 0) ptx::store_release(p.marks + blockIdx.x, mark_of(blockIdx.x));
+}
+
+// Adds what a block of lower number left.
+template <int Sums>
+__device__ __forceinline__ void collect_sums(const KernelArguments& p, float (&sum)[1][Sums], int block, int thread) {
+  if (thread % 32 == 0)
+    while (ptx::load_acquire(p.marks + block) != mark_of(block)) __nanosleep(32);
+  __syncwarp();
+  const float4* const from = reinterpret_cast<const float4*>(p.partial_sums) + int64_t(block) * (Sums / 4) * 256 + thread;
+#pragma unroll
+  for (int i = 0; i < Sums / 4; ++i) {
+    const float4 v = __ldcg(from + i * 256);
+    sum[0][4 * i] += v.x;
+    sum[0][4 * i + 1] += v.y;
+    sum[0][4 * i + 2] += v.z;
+    sum[0][4 * i + 3] += v.w;
+  }
+  asm volatile("bar.sync 1, 256;" ::: "memory");  // everybody has seen the mark
+  if (thread == 0) p.marks[block] = 0;
 }
 
 // Bias of the rows g and g + 8 of each tile of a warp; zero where there is none.
@@ -348,27 +429,28 @@ __device__ __forceinline__ void write_sums(const KernelArguments& p, uint32_t su
   }
 }
 
-template <typename T, int RowTiles, int Tokens, int Stages, int Depth, bool Split, bool Gated>
+template <typename T, int RowTiles, int Tokens, int Stages, int Depth, bool Split, bool Gated, typename NextWork>
 __device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring, uint32_t full, uint32_t empty,
-                                        uint32_t staged, unsigned char* shared, int rank, int chunk_begin, int chunk_end) {
+                                        uint32_t staged, unsigned char* shared, int rank, NextWork next_work,
+                                        const Schedule& schedule) {
   using S = Shape<RowTiles, Tokens, Stages, Depth, Split>;
   const int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
   const int shared_by = Split ? 1 : p.cluster;
-  const int clusters = gridDim.x / p.cluster, tiles = p.group_sets * p.token_tiles;
-  const int unit_end = min(chunk_end * kUnitsPerChunk, p.units);
-  auto tile_of = [&](int n) { return tile_at<Split>(p, n, rank); };
-  auto first_tile = [&](const Tile& tile) { return (tile.group * kWarps + warp) * RowTiles; };
-
   // Units of weights are asked for in batches, one ahead: the hardware tells loads apart by six counters, so a wait for a
   // load is one for all that were asked for since, and a request for each unit would be waited for at once.
   constexpr int kBatch = Depth / 2;
   Products<T, RowTiles, Tokens, Stages, Depth> products;
   Place<Stages> place;
-  int n = blockIdx.x / p.cluster;
-  if (n < tiles) products.begin(p, first_tile(tile_of(n)), chunk_begin, unit_end, lane);
+  auto begin = [&](const Work& work) {
+    const int first_tile = (tile_at<Split>(p, work.n, rank).group * kWarps + warp) * RowTiles;
+    products.begin(p, first_tile, work.begin, min(work.end * kUnitsPerChunk, p.units), lane);
+  };
+  Work work;
+  bool more = next_work(work);
+  if (more) begin(work);
   ptx::wait_dependency();  // outputs may lie where the kernel before still reads
-  while (n < tiles) {
-    const Tile tile = tile_of(n);
+  while (more) {
+    const Work now = work;
 #pragma unroll
     for (int r = 0; r < RowTiles; ++r)
 #pragma unroll
@@ -413,17 +495,29 @@ __device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring,
       }
     };
     constexpr int kChunks = Depth > kUnitsPerChunk ? 2 : 1;  // until slots repeat
-    for (int chunk = chunk_begin; chunk < chunk_end; chunk += kChunks) {
+    for (int chunk = now.begin; chunk < now.end; chunk += kChunks) {
       chunk_products(Selector<0>{}, chunk);
       if constexpr (kChunks == 2)
-        if (chunk + 1 < chunk_end) chunk_products(Selector<1>{}, chunk + 1);
+        if (chunk + 1 < now.end) chunk_products(Selector<1>{}, chunk + 1);
     }
     wgmma::wait<0>();
     release();
-    const int next = n + clusters;
+    more = next_work(work);
+    const Tile tile = tile_at<Split>(p, now.n, rank);
     const int output = tile.group * S::kOutputs + warp * RowTiles * kRowTile, token = tile.tokens * Tokens;
     if constexpr (!Split) {
-      if (next < tiles) products.begin(p, first_tile(tile_of(next)), chunk_begin, unit_end, lane);
+      if (more) begin(work);
+      if constexpr (RowTiles == 1) {
+        if (now.end < schedule.chunks) {
+          leave_sums(p, products.sum, thread);
+          continue;
+        }
+        for (int missing = now.begin, from = blockIdx.x / p.cluster - 1; missing > 0; --from) {
+          const int first = max(schedule.first_of(p, from) - now.n * schedule.chunks, 0);
+          if (first < missing) collect_sums(p, products.sum, from * p.cluster + rank, thread);
+          missing = first;
+        }
+      }
       const uint32_t my_staged = staged + warp * kStagedTokens * S::kStagedRow;
       if constexpr (Gated && RowTiles == 1)
         write_gated_tile<T, Tokens>(p, products.sum, output, token, my_staged, S::kStagedRow, staged + S::kStagedBytes, warp,
@@ -443,7 +537,6 @@ __device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring,
       ptx::cluster_sync();
       write_sums<T, S::kOutputs, Tokens, S::kSumStride>(p, ring, tile.group * S::kOutputs, token, rank, thread);
     }
-    n = next;
   }
 }
 
@@ -454,9 +547,16 @@ __device__ __forceinline__ void gemm24_block(const KernelArguments& p, unsigned 
   const uint32_t ring = ptx::shared_address(shared), staged = ring + S::kRingBytes;
   const uint32_t full = ring + S::kMainBytes, empty = full + Stages * 8;
   const int rank = p.cluster == 1 ? 0 : blockIdx.x % p.cluster;
-  const int chunks = (p.units + kUnitsPerChunk - 1) / kUnitsPerChunk;
-  const int chunk_begin = Split ? chunks * rank / p.cluster : 0;
-  const int chunk_end = Split ? chunks * (rank + 1) / p.cluster : chunks;
+  const int cluster = blockIdx.x / p.cluster;
+  Schedule schedule(p, cluster, gridDim.x / p.cluster);
+  // Where a cluster splits the inputs, a block has its share of one tile.
+  auto next_work = [&p, rank, cluster, schedule, done = false](Work& work) mutable {
+    if constexpr (!Split) return schedule.next(work);
+    work = {cluster, schedule.chunks * rank / p.cluster, schedule.chunks * (rank + 1) / p.cluster};
+    const bool first = !done;
+    done = true;
+    return first;
+  };
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < Stages; ++s) {
@@ -472,13 +572,13 @@ __device__ __forceinline__ void gemm24_block(const KernelArguments& p, unsigned 
   if (threadIdx.x < 128) {
     ptx::give_registers<kProducerRegisters>();
     if (threadIdx.x == 0)
-      produce<T, RowTiles, Tokens, Stages, Depth, Split>(p, ring, full, empty, rank, chunk_begin, chunk_end);
+      produce<RowTiles, Tokens, Stages, Depth, Split>(p, ring, full, empty, rank, next_work);
     __syncwarp();
     if (Split) ptx::cluster_sync();
   } else {
     ptx::take_registers<kConsumerRegisters>();
-    consume<T, RowTiles, Tokens, Stages, Depth, Split, Gated>(p, ring, full, empty, staged, shared, rank, chunk_begin,
-                                                              chunk_end);
+    consume<T, RowTiles, Tokens, Stages, Depth, Split, Gated>(p, ring, full, empty, staged, shared, rank, next_work,
+                                                              schedule);
   }
   if (p.cluster > 1) ptx::cluster_sync();  // nobody's shared memory goes away while another block uses it
 }
@@ -498,18 +598,16 @@ __global__ void __launch_bounds__(kThreads, 1) gemm24_kernel(const __grid_consta
 // ---------------------------------------------------------------------------------------------------------------
 // Host side.
 
-using Launcher = cudaError_t (*)(KernelArguments&, int multiprocessors, bool dependent_launch, cudaStream_t);
+using Launcher = cudaError_t (*)(const KernelArguments&, int blocks, bool dependent_launch, cudaStream_t);
 
 template <typename T, int RowTiles, int Tokens, int Stages, int Depth, bool Split, bool Gated>
-cudaError_t launch(KernelArguments& arguments, int multiprocessors, bool dependent_launch, cudaStream_t stream) {
+cudaError_t launch(const KernelArguments& arguments, int blocks, bool dependent_launch, cudaStream_t stream) {
   using S = Shape<RowTiles, Tokens, Stages, Depth, Split>;
   auto kernel = gemm24_kernel<T, RowTiles, Tokens, Stages, Depth, Split, Gated>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
   if (error != cudaSuccess) return error;
-  const int tiles = arguments.group_sets * arguments.token_tiles;  // for a cluster
-  const int clusters = Split ? tiles : min(tiles, multiprocessors / arguments.cluster);
-  return launch_kernel(kernel, arguments, {dim3(clusters * arguments.cluster), kThreads, S::kSharedBytes, arguments.cluster},
-                       dependent_launch, stream);
+  return launch_kernel(kernel, arguments, {dim3(blocks), kThreads, S::kSharedBytes, arguments.cluster}, dependent_launch,
+                       stream);
 }
 
 struct Config {

@@ -241,6 +241,15 @@ __device__ __forceinline__ uint32_t load_or_zero_4(const void* from, bool exists
       : "l"(from), "r"(int(exists)));
   return v;
 }
+// A mark between blocks: what was written before the one is seen after the other.
+__device__ __forceinline__ void store_release(unsigned long long* to, unsigned long long v) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(v) : "memory");
+}
+__device__ __forceinline__ unsigned long long load_acquire(const unsigned long long* from) {
+  unsigned long long v;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
+  return v;
+}
 // Four 8x8 matrices of 16-bit values, transposed: lane l gives the address of row l % 8 of matrix l / 8 as it will stand.
 __device__ __forceinline__ void store_matrix_x4_transposed(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c),
