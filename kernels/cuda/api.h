@@ -83,14 +83,14 @@ struct Gemm24Arguments {
 struct Gemm24Choice {
   int config;
   int cluster;
-  bool even;  // the inputs of tiles that do not fill a round are dealt out evenly (stream-K); configs with 128 outputs
+  bool even;  // the inputs are dealt out evenly (stream-K); configs with 128 outputs, at most 8 tiles of tokens
 };
 
 int gemm24_config_count();
 const char* gemm24_config_name(int config);
 int gemm24_config_outputs(int config);
 int gemm24_config_tokens(int config);
-bool gemm24_config_splits(int config);
+bool gemm24_config_splits(int config);  // the others want rows of y whose bytes are a multiple of 16
 // All take SiLU with a gate and no activation without one; where inputs are split, others too.
 bool gemm24_config_takes(int config, Activation activation, bool gated);
 int64_t gemm24_workspace_bytes(Gemm24Choice choice, int multiprocessors);

@@ -53,15 +53,24 @@ int gemm24(const Gemm24Arguments& a, Gemm24Choice choice, int multiprocessors, b
   const PFN_cuTensorMapEncodeTiled_v12000 encode = tensor_map_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
 
+  // Rows of 16-bit numbers in boxes of `rows` rows and `columns` columns, which are the bytes of a swizzle.
+  auto map = [&](CUtensorMap& to, const void* address, int64_t width, int64_t stride, int columns, int rows) {
+    const cuuint64_t sizes[] = {cuuint64_t(width), cuuint64_t(a.M)}, strides[] = {cuuint64_t(stride) * 2};
+    const cuuint32_t box[] = {cuuint32_t(columns), cuuint32_t(rows)}, steps[] = {1, 1};
+    return encode(&to, a.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+                  const_cast<void*>(address), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  };
   KernelArguments arguments;
-  const cuuint64_t sizes[] = {cuuint64_t(a.K), cuuint64_t(a.M)}, strides[] = {cuuint64_t(a.ldx) * 2};
-  const cuuint32_t box[] = {kUnit, cuuint32_t(config.tokens / (config.split ? 1 : choice.cluster))}, steps[] = {1, 1};
-  const CUtensorMapDataType type =
-      a.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  if (encode(&arguments.x, type, 2, const_cast<void*>(a.x), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) !=
-      CUDA_SUCCESS)
+  if (!map(arguments.x, a.x, a.K, a.ldx, kUnit, config.tokens / (config.split ? 1 : choice.cluster)))
     return cudaErrorInvalidValue;
+  if (!config.split) {
+    const int width = a.gated ? a.N / 2 : a.N;
+    const bool half = a.gated && config.outputs == kRowTile * kWarps;  // a warpgroup's 64 outputs are 32 pairs
+    if (width % 8 != 0 || reinterpret_cast<uintptr_t>(a.y) % 16 != 0) return cudaErrorMisalignedAddress;
+    if (!map(arguments.y_map, a.y, width, width, half ? 32 : 64, kStagedTokens)) return cudaErrorInvalidValue;
+  }
   arguments.values = static_cast<const char*>(a.values);
   arguments.metadata = reinterpret_cast<const char*>(a.metadata);
   arguments.bias = a.bias;
@@ -79,12 +88,13 @@ int gemm24(const Gemm24Arguments& a, Gemm24Choice choice, int multiprocessors, b
   arguments.group_sets = (groups + sharers - 1) / sharers;
   const int tiles = arguments.group_sets * arguments.token_tiles, room = multiprocessors / choice.cluster;
   int clusters = config.split || tiles < room ? tiles : room;
-  arguments.shared_tiles = 0;
+  arguments.teams = 0;
   if (choice.even) {
-    if (config.split || config.outputs != kRowTile * kWarps || a.workspace == nullptr) return cudaErrorInvalidValue;
+    if (config.split || config.outputs != kRowTile * kWarps || a.workspace == nullptr ||
+        arguments.token_tiles > kRaster)
+      return cudaErrorInvalidValue;
     clusters = room;
-    // the last round and, if there is one, the round before it: everybody then has at least a tile's work
-    arguments.shared_tiles = tiles < room ? tiles : tiles % room == 0 ? 0 : tiles % room + room;
+    arguments.teams = room / arguments.token_tiles;
     arguments.partial_sums = static_cast<float*>(a.workspace);
     arguments.marks = reinterpret_cast<unsigned long long*>(static_cast<char*>(a.workspace) +
                                                             int64_t(room) * choice.cluster * config.outputs * config.tokens * 4);

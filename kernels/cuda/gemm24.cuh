@@ -11,8 +11,7 @@
 //   * Two warpgroups multiply. A warp holds neighbouring row tiles, so a gate and its factor, which stand in turn, meet in
 //     one thread, and the product needs no further pass.
 //   * Blocks stay for all their tiles, in an order that keeps a few weights and a few tokens in L2; while a tile is
-//     written the activations of the next one arrive. What tiles are left over for a last, partial round are dealt out
-//     evenly by their inputs (Schedule).
+//     written the activations of the next one arrive. Or their work is dealt out evenly by inputs (Schedule).
 //   * Layers with few tiles split their inputs over a cluster instead and add up through distributed shared memory, in a
 //     fixed order, as linear24.cuh does.
 //
@@ -41,12 +40,13 @@ constexpr int kUnitBytes = kUnit * 2;             // of a token's activations
 constexpr int kUnitValueBytes = 2 * 512;          // of a row tile
 constexpr int kMaxSplits = 8;                     // portable cluster size
 constexpr int kMaxSharers = 2;                    // clusters of four do not fill a Hopper GPU
-constexpr int kStagedTokens = 16;                 // that a warp writes at a time
+constexpr int kStagedTokens = 32;                 // that a warpgroup writes at a time
 // Tiles of tokens that blocks work on before they turn to other tokens.
 constexpr int kRaster = 8;
 
 struct KernelArguments {
-  CUtensorMap x;  // [M, K] in boxes of 64 inputs, swizzled
+  CUtensorMap x;      // [M, K] in boxes of 64 inputs, swizzled
+  CUtensorMap y_map;  // [M, N] or [M, N / 2] in boxes of kStagedTokens tokens, swizzled; not where inputs are split
   const char* values;
   const char* metadata;
   const void* bias;
@@ -55,9 +55,9 @@ struct KernelArguments {
   int row_tiles, units;
   int group_sets, token_tiles;  // sets of output groups that a cluster works on at a time: one a block, or one in all
   int cluster;                  // blocks that share activations, or over which the inputs are split
-  int shared_tiles;             // tiles, from the first, whose inputs are dealt out evenly over all clusters
+  int teams;                    // of token_tiles clusters, for even work; 0: whole tiles
   float* partial_sums;          // room for one tile a block, and
-  unsigned long long* marks;    // for one mark a block; only where there are shared tiles
+  unsigned long long* marks;    // for one mark a block; only for even work
   Activation activation;
   bool gated;
 };
@@ -67,9 +67,7 @@ struct Shape {
   static constexpr int kOutputs = kRowTile * RowTiles * kWarps;
   static constexpr int kStageBytes = Tokens * kUnitBytes;
   static constexpr int kRingBytes = Stages * kStageBytes;
-  // One token's outputs of a warp, and 16 bytes that put the eight rows of a stmatrix into different banks.
-  static constexpr int kStagedRow = RowTiles * kRowTile * 2 + 16;
-  static constexpr int kStagedBytes = Split ? 0 : kWarps * kStagedTokens * kStagedRow;
+  static constexpr int kStagedBytes = Split ? 0 : 2 * 2 * kStagedTokens * RowTiles * 128;  // two buffers a warpgroup
   // Two rooms in which warps swap gates and factors.
   static constexpr int kExchangeBytes = Split || RowTiles == 2 ? 0 : 2 * kWarps * 32 * 16;
   static constexpr int kSumStride = kOutputs + 4;  // floats of one token
@@ -113,40 +111,51 @@ struct Work {
   int n, begin, end;
 };
 
-// What a cluster does, in this order. Where the number of tiles is not a multiple of that of clusters, the chunks of some
-// tiles are laid end to end and dealt out evenly (stream-K); after them come whole tiles.
+// What a cluster does. As a rule whole tiles, in turn with the others. Where that would leave many idle in the last round,
+// the chunks of all outputs are laid end to end and dealt out evenly (stream-K), to teams of clusters that have the same
+// outputs and chunks and each another tile of tokens, so that weights are still read once:
 //
-//   tiles        0               1               2
+//   outputs  0               1               2
 //   chunks   |---------------|---------------|---------------|
-//   clusters |---- 0 ----|---- 1 ----|---- 2 ----|---- 3 ----|
+//   teams    |---- 0 ----|---- 1 ----|---- 2 ----|---- 3 ----|
 //
-// Who has a tile's last chunk adds up and writes it. He needs what clusters of lower number left, and everybody begins with
-// the chunks that somebody else waits for, so nobody waits long, and nobody for a block that has not started.
+// Who has the last chunk adds up and writes. He needs what teams of lower number left, and everybody begins with the
+// chunks that somebody else waits for, so nobody waits long, and nobody for a block that has not started.
 struct Schedule {
-  int chunks, clusters, tiles;
-  int shared_begin, shared_end;  // chunks of shared tiles that are still to do
-  int n;                         // the next whole tile
+  int chunks, tiles, step;
+  int n;                                    // the next whole tile
+  int team, member;                         // of even work
+  int even_begin = 0, even_end = 0;         // chunks that are still to do
 
-  __device__ __forceinline__ Schedule(const KernelArguments& p, int cluster, int clusters) : clusters(clusters) {
+  __device__ __forceinline__ Schedule(const KernelArguments& p, int cluster, int clusters) {
     chunks = (p.units + kUnitsPerChunk - 1) / kUnitsPerChunk;
     tiles = p.group_sets * p.token_tiles;
-    shared_begin = first_of(p, cluster);
-    shared_end = first_of(p, cluster + 1);
-    n = p.shared_tiles + cluster;
+    step = clusters;
+    n = cluster;
+    team = cluster / p.token_tiles;
+    member = cluster % p.token_tiles;
+    if (p.teams > 0) {
+      n = tiles;
+      if (team < p.teams) {
+        even_begin = first_of(p, team);
+        even_end = first_of(p, team + 1);
+      }
+    }
   }
-  __device__ __forceinline__ int first_of(const KernelArguments& p, int cluster) const {
-    return int(int64_t(p.shared_tiles) * chunks * cluster / clusters);
+  __device__ __forceinline__ int first_of(const KernelArguments& p, int team) const {
+    return int(int64_t(p.group_sets) * chunks * team / p.teams);
   }
-  __device__ __forceinline__ bool next(Work& work) {
-    if (shared_end > shared_begin) {
-      work.n = (shared_end - 1) / chunks;
-      work.begin = max(shared_begin - work.n * chunks, 0);
-      work.end = shared_end - work.n * chunks;
-      shared_end = work.n * chunks + work.begin;
+  __device__ __forceinline__ bool next(const KernelArguments& p, Work& work) {
+    if (even_end > even_begin) {
+      const int set = (even_end - 1) / chunks;
+      work.n = set * p.token_tiles + member;
+      work.begin = max(even_begin - set * chunks, 0);
+      work.end = even_end - set * chunks;
+      even_end = set * chunks + work.begin;
       return true;
     }
     work = {n, 0, chunks};
-    n += clusters;
+    n += step;
     return work.n < tiles;
   }
 };
@@ -284,101 +293,102 @@ __device__ __forceinline__ void load_bias(float (&added)[RowTiles][2], const Ker
     }
 }
 
-// Writes Rows tokens with Pieces * 8 outputs each, from a warp's staged rows.
-template <typename T, int Rows, int Pieces>
-__device__ __forceinline__ void write_staged(const KernelArguments& p, uint32_t staged, int row_bytes, int first_token,
-                                             int first_output, int width, int lane) {
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < Rows * Pieces; i += 32) {
-    const int token = (i + lane) / Pieces, output = first_output + (i + lane) % Pieces * 8;
-    if (i + lane >= Rows * Pieces || first_token + token >= p.M || output >= width) continue;
-    const uint4 v = ptx::load_shared_16(staged + token * row_bytes + (i + lane) % Pieces * 16);
-    T* const to = static_cast<T*>(p.y) + int64_t(first_token + token) * width + output;
-    if (width % 8 == 0) {
-      *reinterpret_cast<uint4*>(to) = v;
-    } else {
-      const uint32_t parts[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int k = 0; k < 8; ++k)
-        if (output + k < width) reinterpret_cast<uint16_t*>(to)[k] = uint16_t(parts[k / 2] >> k % 2 * 16);
-    }
-  }
-  __syncwarp();
-}
-
-// Rounds and writes one warp's outputs of a tile, kStagedTokens tokens at a time, through its part of `staged`. Gated: of
-// two row tiles the first is a gate, the second its factor; the activation is SiLU. Others would be inlined for every
-// number, and code that does not fit the instruction cache costs more than a kernel of its own.
+// Rounds one warpgroup's outputs of a tile and gives them to the copy engine, kStagedTokens tokens at a time through two
+// buffers, so that the next tile's products begin while they are being written. Gated: SiLU of the gate times its factor.
+// Other activations would be inlined for every number, and code that does not fit the instruction cache costs more than a
+// kernel of its own.
 template <typename T, int RowTiles, int Tokens, bool Gated>
-__device__ __forceinline__ void write_tile(const KernelArguments& p, const float (&sum)[RowTiles][Tokens / 2],
-                                           int first_output, int first_token, uint32_t staged, int row_bytes, int lane) {
-  float added[RowTiles][2];
-  load_bias<T>(added, p, first_output, lane);
-  const uint32_t my_row = staged + lane % 8 * row_bytes + lane / 8 * 16;
-#pragma unroll
-  for (int t = 0; t < Tokens; t += kStagedTokens) {
-    if (first_token + t >= p.M) break;
-#pragma unroll
-    for (int j = 0; j < kStagedTokens / 8; ++j) {
-      const int at = (t / 8 + j) * 4;
-      uint32_t v[RowTiles * 2];
-#pragma unroll
-      for (int r = 0; r < RowTiles; ++r)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float low = sum[r][at + 2 * h] + added[r][h], high = sum[r][at + 2 * h + 1] + added[r][h];
-          if constexpr (Gated) {
-            if (r == 1) continue;
-            low = activation(Activation::kSilu, low) * (sum[RowTiles - 1][at + 2 * h] + added[RowTiles - 1][h]);
-            high = activation(Activation::kSilu, high) * (sum[RowTiles - 1][at + 2 * h + 1] + added[RowTiles - 1][h]);
-          }
-          v[r * 2 + h] = pack(low, high, T{});
-        }
-      if constexpr (RowTiles == 2 && !Gated)
-        ptx::store_matrix_x4_transposed(my_row + j * 8 * row_bytes, v[0], v[1], v[2], v[3]);
-      else
-        ptx::store_matrix_x2_transposed(my_row + j * 8 * row_bytes, v[0], v[1]);
-    }
-    write_staged<T, kStagedTokens, Gated ? 2 : RowTiles * 2>(p, staged, row_bytes, first_token + t,
-                                                             Gated ? first_output / 2 : first_output,
-                                                             Gated ? p.N / 2 : p.N, lane);
-  }
-}
+struct TileWriter {
+  static constexpr int kRowBytes = Gated && RowTiles == 1 ? 64 : 128;  // of a token in a panel, swizzled by as much
+  static constexpr int kPanels = RowTiles == 2 && !Gated ? 2 : 1;
+  static constexpr int kPanelBytes = kStagedTokens * kRowBytes;
+  static constexpr int kPanelOutputs = kRowBytes / 2;
 
-// The same where a warp has one row tile: the even one of two warps has the gate, the odd one its factor. Of 16 tokens
-// each computes 8, and gets from the other what it lacks, lane by lane.
-template <typename T, int Tokens>
-__device__ __forceinline__ void write_gated_tile(const KernelArguments& p, const float (&sum)[1][Tokens / 2],
-                                                 int first_output, int first_token, uint32_t staged, int row_bytes,
-                                                 uint32_t exchange, int warp, int lane) {
-  float added[1][2];
-  load_bias<T>(added, p, first_output, lane);
-  const bool is_factor = warp % 2 != 0;
-  const uint32_t my_row = staged + lane % 8 * row_bytes + lane / 8 * 16;
-#pragma unroll
-  for (int t = 0; t < Tokens; t += kStagedTokens) {
-    if (first_token + t >= p.M) break;
-    const int at = t / 8 * 4, room = t / kStagedTokens % 2 * kWarps;  // two rooms: one is read while the other is written
-    float own[4], given[4], other[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float first = sum[0][at + i] + added[0][i / 2], second = sum[0][at + 4 + i] + added[0][i / 2];
-      own[i] = is_factor ? second : first;
-      given[i] = is_factor ? first : second;
-    }
-    ptx::store_shared_16(exchange + ((room + warp) * 32 + lane) * 16, given);
-    asm volatile("bar.sync %0, 64;" ::"r"(2 + warp / 2) : "memory");
-    ptx::load_shared_floats(other, exchange + ((room + (warp ^ 1)) * 32 + lane) * 16);
-    float out[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      out[i] = activation(Activation::kSilu, is_factor ? other[i] : own[i]) * (is_factor ? own[i] : other[i]);
-    ptx::store_matrix_x2_transposed(my_row, pack(out[0], out[1], T{}), pack(out[2], out[3], T{}));
-    write_staged<T, kStagedTokens / 2, 2>(p, staged, row_bytes, first_token + t + (is_factor ? 8 : 0),
-                                          (first_output - (is_factor ? kRowTile : 0)) / 2, p.N / 2, lane);
+  uint32_t staged;    // this warpgroup's two buffers
+  uint32_t exchange;  // both warpgroups' two rooms for swapping gates and factors
+  int slabs = 0;      // written so far
+
+  // Where lane l's row of matrix l / 8 goes: 8 outputs of one token. `piece` counts 16 bytes along the outputs.
+  static __device__ __forceinline__ uint32_t place(uint32_t buffer, int token, int piece) {
+    const int swizzled = kRowBytes == 128 ? piece % 8 ^ token % 8 : piece ^ token / 2 % 4;
+    return buffer + piece / 8 * kPanelBytes + token * kRowBytes + swizzled * 16;
   }
-}
+
+  __device__ __forceinline__ void write(const KernelArguments& p, const float (&sum)[RowTiles][Tokens / 2],
+                                        int first_output, int first_token, int warp, int lane) {
+    const int group = warp / 4, inside = warp % 4;
+    const bool leader = inside == 0 && lane == 0, is_factor = warp % 2 != 0;
+    float added[RowTiles][2];
+    load_bias<T>(added, p, first_output + warp * RowTiles * kRowTile, lane);
+#pragma unroll
+    for (int t = 0; t < Tokens; t += kStagedTokens) {
+      if (first_token + t >= p.M) break;
+      const uint32_t buffer = staged + slabs % 2 * kPanels * kPanelBytes;
+      ++slabs;
+      if (leader) ptx::bulk_wait_read<1>();  // the buffer's last contents are on their way
+      asm volatile("bar.sync %0, 128;" ::"r"(6 + group) : "memory");
+#pragma unroll
+      for (int j = 0; j < kStagedTokens / 8; ++j) {
+        const int at = (t / 8 + j) * 4;
+        if constexpr (Gated && RowTiles == 1) {
+          if (j % 2 != 0) continue;
+          // Even warps have gates, odd ones factors. Of 16 tokens each warp computes 8, and gets from the other what it
+          // lacks, lane by lane; two rooms, since one is read while the other is written.
+          const uint32_t room = exchange + j / 2 % 2 * kWarps * 512 + lane * 16;
+          float own[4], given[4], other[4], out[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float first = sum[0][at + i] + added[0][i / 2], second = sum[0][at + 4 + i] + added[0][i / 2];
+            own[i] = is_factor ? second : first;
+            given[i] = is_factor ? first : second;
+          }
+          ptx::store_shared_16(room + warp * 512, given);
+          asm volatile("bar.sync %0, 64;" ::"r"(2 + warp / 2) : "memory");
+          ptx::load_shared_floats(other, room + (warp ^ 1) * 512);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            out[i] = activation(Activation::kSilu, is_factor ? other[i] : own[i]) * (is_factor ? own[i] : other[i]);
+          const int token = (j + (is_factor ? 1 : 0)) * 8 + lane % 8;
+          ptx::store_matrix_x2_transposed(place(buffer, token, inside / 2 * 2 + lane / 8 % 2), pack(out[0], out[1], T{}),
+                                          pack(out[2], out[3], T{}));
+        } else {
+          uint32_t v[RowTiles * 2];
+#pragma unroll
+          for (int r = 0; r < (Gated ? 1 : RowTiles); ++r)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              float out[2];
+#pragma unroll
+              for (int c = 0; c < 2; ++c) {
+                out[c] = sum[r][at + 2 * h + c] + added[r][h];
+                if constexpr (Gated)
+                  out[c] = activation(Activation::kSilu, out[c]) * (sum[RowTiles - 1][at + 2 * h + c] + added[RowTiles - 1][h]);
+              }
+              v[r * 2 + h] = pack(out[0], out[1], T{});
+            }
+          const int token = j * 8 + lane % 8;
+          if constexpr (kPanels == 2)
+            ptx::store_matrix_x4_transposed(place(buffer, token, inside * 4 + lane / 8), v[0], v[1], v[2], v[3]);
+          else
+            ptx::store_matrix_x2_transposed(place(buffer, token, inside * 2 + lane / 8 % 2), v[0], v[1]);
+        }
+      }
+      ptx::fence_async();
+      asm volatile("bar.sync %0, 128;" ::"r"(6 + group) : "memory");
+      if (leader) {
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel)
+          ptx::store_box(&p.y_map, (first_output / (Gated ? 2 : 1)) + (group * kPanels + panel) * kPanelOutputs, first_token + t,
+                         buffer + panel * kPanelBytes);
+        ptx::bulk_commit();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void finish(int warp, int lane) {
+    if (warp % 4 == 0 && lane == 0) ptx::bulk_wait_read<0>();
+  }
+};
 
 // Adds up what the blocks of a cluster have of one tile, and writes this block's share of it.
 template <typename T, int Outputs, int Tokens, int SumStride>
@@ -445,6 +455,7 @@ __device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring,
     const int first_tile = (tile_at<Split>(p, work.n, rank).group * kWarps + warp) * RowTiles;
     products.begin(p, first_tile, work.begin, min(work.end * kUnitsPerChunk, p.units), lane);
   };
+  TileWriter<T, RowTiles, Tokens, Gated> writer{staged + warp / 4 * (S::kStagedBytes / 2), staged + S::kStagedBytes};
   Work work;
   bool more = next_work(work);
   if (more) begin(work);
@@ -504,7 +515,7 @@ __device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring,
     release();
     more = next_work(work);
     const Tile tile = tile_at<Split>(p, now.n, rank);
-    const int output = tile.group * S::kOutputs + warp * RowTiles * kRowTile, token = tile.tokens * Tokens;
+    const int output = tile.group * S::kOutputs, token = tile.tokens * Tokens;
     if constexpr (!Split) {
       if (more) begin(work);
       if constexpr (RowTiles == 1) {
@@ -512,18 +523,14 @@ __device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring,
           leave_sums(p, products.sum, thread);
           continue;
         }
-        for (int missing = now.begin, from = blockIdx.x / p.cluster - 1; missing > 0; --from) {
-          const int first = max(schedule.first_of(p, from) - now.n * schedule.chunks, 0);
-          if (first < missing) collect_sums(p, products.sum, from * p.cluster + rank, thread);
+        for (int missing = now.begin, team = schedule.team - 1; missing > 0; --team) {
+          const int first = max(schedule.first_of(p, team) - now.n / p.token_tiles * schedule.chunks, 0);
+          const int cluster = team * p.token_tiles + schedule.member;
+          if (first < missing) collect_sums(p, products.sum, cluster * p.cluster + rank, thread);
           missing = first;
         }
       }
-      const uint32_t my_staged = staged + warp * kStagedTokens * S::kStagedRow;
-      if constexpr (Gated && RowTiles == 1)
-        write_gated_tile<T, Tokens>(p, products.sum, output, token, my_staged, S::kStagedRow, staged + S::kStagedBytes, warp,
-                                    lane);
-      else
-        write_tile<T, RowTiles, Tokens, Gated>(p, products.sum, output, token, my_staged, S::kStagedRow, lane);
+      writer.write(p, products.sum, output, token, warp, lane);
     } else {
       asm volatile("bar.sync 1, 256;" ::: "memory");  // both warpgroups left the ring
       float* const sums = reinterpret_cast<float*>(shared);
@@ -535,9 +542,10 @@ __device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring,
           sums[(i / 4 * 8 + 2 * q + i % 2) * S::kSumStride + (warp * RowTiles + r) * kRowTile + g + i % 4 / 2 * 8] =
               products.sum[r][i];
       ptx::cluster_sync();
-      write_sums<T, S::kOutputs, Tokens, S::kSumStride>(p, ring, tile.group * S::kOutputs, token, rank, thread);
+      write_sums<T, S::kOutputs, Tokens, S::kSumStride>(p, ring, output, token, rank, thread);
     }
   }
+  if constexpr (!Split) writer.finish(warp, lane);
 }
 
 template <typename T, int RowTiles, int Tokens, int Stages, int Depth, bool Split, bool Gated>
@@ -551,7 +559,7 @@ __device__ __forceinline__ void gemm24_block(const KernelArguments& p, unsigned 
   Schedule schedule(p, cluster, gridDim.x / p.cluster);
   // Where a cluster splits the inputs, a block has its share of one tile.
   auto next_work = [&p, rank, cluster, schedule, done = false](Work& work) mutable {
-    if constexpr (!Split) return schedule.next(work);
+    if constexpr (!Split) return schedule.next(p, work);
     work = {cluster, schedule.chunks * rank / p.cluster, schedule.chunks * (rank + 1) / p.cluster};
     const bool first = !done;
     done = true;

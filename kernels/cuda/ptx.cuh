@@ -200,6 +200,19 @@ __device__ __forceinline__ void copy_box_shared(uint32_t to, const void* map, in
       "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
       : "memory");
 }
+// The way back. Elements outside the tensor are left out. Ordinary stores to shared memory need a fence before it.
+__device__ __forceinline__ void store_box(const void* map, int column, int row, uint32_t from) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column), "r"(row),
+               "r"(from)
+               : "memory");
+}
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until all but the latest groups of this thread have been read from shared memory.
+template <int Pending>
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
+}
 // 16 and 4 bytes that this launch reads but once from here, or zeros.
 __device__ __forceinline__ uint4 load_or_zero_16(const void* from, bool exists) {
   uint4 v;
