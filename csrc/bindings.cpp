@@ -103,6 +103,14 @@ int64_t gemm24_workspace(int M, int N, int K, const std::optional<std::tuple<int
   return sparsert::gemm24_workspace_bytes(gemm24_choice(M, N, K, named), sparsert::current_device_facts().multiprocessors);
 }
 
+std::string gemm24_choice_name(int M, int N, int K, int multiprocessors) {
+  const sparsert::Gemm24Choice choice = sparsert::select_gemm24(M, N, K, {multiprocessors, 90});
+  std::string name = sparsert::gemm24_config_name(choice.config);
+  if (choice.cluster > 1) name += (sparsert::gemm24_config_splits(choice.config) ? " over " : ", shared by ") +
+                                  std::to_string(choice.cluster) + " blocks";
+  return name + (choice.even ? ", dealt out evenly" : "");
+}
+
 void gemm24_cuda(uintptr_t values, uintptr_t metadata, uintptr_t x, uintptr_t bias, uintptr_t y, int M, int N, int K,
                  int64_t ldx, int activation, bool gated, uintptr_t workspace, int dtype, uintptr_t stream,
                  const std::optional<std::tuple<int, int, bool>>& named) {
@@ -258,6 +266,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("M"), py::arg("N"), py::arg("K"), py::arg("ldx"), py::arg("activation"), py::arg("gated"),
              py::arg("workspace"), py::arg("dtype"), py::arg("stream"), py::arg("named") = py::none());
   module.def("gemm24_workspace", &gemm24_workspace, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("named") = py::none());
+  module.def("gemm24_choice", &gemm24_choice_name);
   module.def("gemm24_configs", &gemm24_configs);
   module.def("linear24_parts", &linear24_parts);
   module.def("activation_tiles", &sparsert::activation_tiles);

@@ -32,6 +32,20 @@ constexpr TableRow kTable[] = {
 #include "linear24_table.inc"
 };
 
+// Of gemm24: where inputs are split rows of y may have any length; even work knows at most so many tiles of tokens.
+constexpr int kSplitConfig = 7;
+constexpr int kGemmMostTokenTiles = 8;
+constexpr std::array<int, 14> kGemmBatches = {32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096};
+
+struct GemmRow {
+  int N, K;
+  Gemm24Choice choices[kGemmBatches.size()];
+};
+
+constexpr GemmRow kGemmTable[] = {
+#include "gemm24_table.inc"
+};
+
 // (N, K, place of the batch) -> choice; empty but while tuning
 std::map<std::array<int, 3>, Linear24Choice> overrides;
 
@@ -86,7 +100,26 @@ Linear24Choice select_linear24(int M, int N, int K, const DeviceFacts& device, b
 }
 
 Gemm24Choice select_gemm24(int M, int N, int K, const DeviceFacts& device) {
-  return {1, 2, false};
+  if (N % 16 != 0)  // rows of y, or half of them behind a gate, that the copy engine cannot write
+    return {kSplitConfig, 1, false};
+  const size_t batch = std::lower_bound(kGemmBatches.begin(), kGemmBatches.end(), M) - kGemmBatches.begin();
+  const GemmRow* nearest = kGemmTable;
+  double distance = 1e300;
+  for (const GemmRow& row : kGemmTable) {
+    const double d = ratio(N, row.N) * ratio(K, row.K);
+    if (d < distance) {
+      distance = d;
+      nearest = &row;
+    }
+  }
+  Gemm24Choice choice = nearest->choices[std::min(batch, kGemmBatches.size() - 1)];
+  if (gemm24_config_splits(choice.config)) {
+    const int chunks = (K + kChunk - 1) / kChunk;
+    choice.cluster = std::min(choice.cluster, chunks);
+  }
+  const int tokens = gemm24_config_tokens(choice.config);
+  if ((M + tokens - 1) / tokens > std::min(kGemmMostTokenTiles, device.multiprocessors / choice.cluster)) choice.even = false;
+  return choice;
 }
 
 void override_linear24(int N, int K, int batch, int config, int splits) {

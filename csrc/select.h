@@ -16,7 +16,7 @@ DeviceFacts current_device_facts();
 // M is at most linear24_max_batch(). Gated: a tile of at least a gate and its factor, 32 outputs.
 Linear24Choice select_linear24(int M, int N, int K, const DeviceFacts& device, bool gated = false);
 
-// For a Hopper GPU.
+// For a Hopper GPU, with or without a gate.
 Gemm24Choice select_gemm24(int M, int N, int K, const DeviceFacts& device);
 
 // For tuning: from now on a layer of this shape runs this way at batches up to `batch` (one of the table's) and above

@@ -29,10 +29,17 @@ class Capability:
     dtypes: tuple[torch.dtype, ...]
     max_batch: int | None  # rows of x; None: any
     summary: str
+    min_batch: int = 1
+    compute_capability: tuple[int, int] | None = None  # the only one it runs on; None: any
 
 
 #: In order of preference.
 CAPABILITIES: tuple[Capability, ...] = (
+    Capability(
+        "wgmma_sp", "native", ("cuda",), (torch.bfloat16, torch.float16), None,
+        "CUDA, Hopper's sparse tensor cores on the packed weight, for prompts and large batches",
+        min_batch=17, compute_capability=(9, 0),
+    ),
     Capability(
         "mma_sp", "native", ("cuda",), (torch.bfloat16, torch.float16), 64,
         "CUDA, sparse tensor cores on the packed weight",
@@ -53,6 +60,7 @@ CAPABILITIES: tuple[Capability, ...] = (
 
 
 _TOO_MANY_ROWS = "takes up to"
+_TOO_FEW_ROWS = "takes no less than"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Choice:
     """What runs and why.
 
     Attributes:
-        kernel: ``mma_sp``, ``triton``, ``cpu`` or ``unpack``.
+        kernel: ``wgmma_sp``, ``mma_sp``, ``triton``, ``cpu`` or ``unpack``.
         summary: what that is, in words.
         rejected: (kernel, reason) of every preferred kernel that could not run.
     """
@@ -86,7 +94,7 @@ def _unavailable(kernel: str, device: torch.device) -> str | None:
     if kernel == "cpu":
         reason = None if native.module() is not None else native.status()["reason"]
         return f"unavailable: {reason}" if reason else None
-    if kernel == "mma_sp":
+    if kernel in ("mma_sp", "wgmma_sp"):
         reason = native.cuda_reason(device)
         return f"unavailable: {reason}" if reason else None
     if kernel == "triton" and importlib.util.find_spec("triton") is None:
@@ -101,9 +109,13 @@ def _rejection(row: Capability, device: torch.device, dtype: torch.dtype, batch:
         return f"runs on {', '.join(row.devices)}, the weight is on {device.type}"
     if dtype not in row.dtypes:
         return f"takes {', '.join(str(d).removeprefix('torch.') for d in row.dtypes)}, not {dtype}"
+    if row.compute_capability is not None and torch.cuda.get_device_capability(device) != row.compute_capability:
+        return f"runs on GPUs of compute capability {'.'.join(map(str, row.compute_capability))} only"
     reason = _unavailable(row.kernel, device)
     if reason is not None:
         return reason
+    if batch < row.min_batch:
+        return f"{_TOO_FEW_ROWS} {row.min_batch} rows of input, not {batch}"
     if row.max_batch is not None and batch > row.max_batch:
         return f"{_TOO_MANY_ROWS} {row.max_batch} rows of input, not {batch}"
     return None
@@ -128,7 +140,8 @@ def choose(device: torch.device, dtype: torch.dtype, batch: int, backend: str = 
             continue
         reason = _rejection(row, device, dtype, batch)
         if reason is None and row.kernel == "unpack" and backend not in ("auto", "dense"):
-            hindrances = [f"{kernel} {why}" for kernel, why in rejected if not why.startswith(_TOO_MANY_ROWS)]
+            rows = (_TOO_MANY_ROWS, _TOO_FEW_ROWS)
+            hindrances = [f"{kernel} {why}" for kernel, why in rejected if not why.startswith(rows)]
             if len(hindrances) == len(rejected):  # not the batch: this backend does not run here at all
                 raise UnsupportedError(f"backend={backend!r} cannot run here: {'; '.join(hindrances)}; use 'auto'")
         if reason is None:

@@ -3,7 +3,8 @@
 Registered with ``torch.library.Library`` rather than ``custom_op``: half the host time per call, and at
 batch 1 a 7B model makes 224 calls a token. The operator is opaque to ``torch.compile`` (fullgraph is
 fine), allocates through torch's caching allocator only, and never waits for the GPU, so it can be
-captured. For more than 64 rows the weight is unpacked into a scratch that lives for this call only.
+captured. Where no kernel takes so many rows (GPUs other than Hopper, above 64), the weight is unpacked into a scratch
+that lives for this call only.
 """
 
 from __future__ import annotations
@@ -72,6 +73,35 @@ def _mma_sp_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | N
     return y
 
 
+def _wgmma_sp_linear(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+    *,
+    kind: int = -1,
+    gated: bool = False,
+) -> Tensor:
+    # the copy engine reads rows of x of 16-byte multiples; inputs that are added meet weights of zero
+    if columns % 8:
+        x = torch.nn.functional.pad(x, (0, -columns % 8))
+    elif x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    batch, width = x.shape
+    y = torch.empty((batch, rows // 2 if gated else rows), dtype=x.dtype, device=x.device)
+    extension: Any = native.module()
+    with torch.cuda.device(x.device):
+        size = extension.gemm24_workspace(batch, rows, width)
+        workspace = torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
+        extension.gemm24_cuda(
+            values.data_ptr(), metadata.data_ptr(), x.data_ptr(), native.address(bias), y.data_ptr(), batch, rows, width,
+            x.stride(0), kind, gated, native.address(workspace), dtype_code(x.dtype), native.stream(x.device),
+        )  # fmt: skip
+    return y
+
+
 # torch leaves out arguments that equal the schema's default, so the default is repeated here
 def _linear24_impl(
     x: Tensor,
@@ -88,7 +118,9 @@ def _linear24_impl(
     choice = choose(x.device, x.dtype, flat.shape[0], backend)
     if choice.is_fallback:
         _warn_fallback(next(why for _, why in choice.rejected if why.startswith("unavailable")))
-    if choice.kernel == "mma_sp":
+    if choice.kernel == "wgmma_sp":
+        y = _wgmma_sp_linear(flat, values, metadata, bias, out_features, in_features)
+    elif choice.kernel == "mma_sp":
         y = _mma_sp_linear(flat, values, metadata, bias, out_features, in_features)
     elif choice.kernel == "cpu":
         y = _cpu_linear(flat, values, metadata, bias, out_features, in_features)
@@ -204,7 +236,7 @@ def linear24_open(
 ) -> Tensor | Tiled:
     """A packed linear layer at the start of a sub-block: perhaps a norm's division before it, an activation behind it.
 
-    On a GPU it is one kernel up to batch 64. Inference only: where a gradient is wanted, or another kernel runs the
+    On a GPU it is one kernel up to batch 16, and above that if the activation is a SiLU gate. Inference only: where a gradient is wanted, or another kernel runs the
     layer, the parts run one after the other.
 
     Args:
@@ -230,7 +262,16 @@ def linear24_open(
     given = norm.weighted if norm is not None else x
     assert not isinstance(given, DeferredNorm)
     if not fuses24(given, backend):
-        y = linear24(to_rows(given) if norm is None else norm.resolve(), packed, bias, backend=backend)
+        rows = to_rows(given) if norm is None else norm.resolve()
+        if gated and activation == "silu" and _runs_on_wgmma(rows, backend):
+            check_linear24(rows, packed, bias)
+            flat = rows.reshape(-1, packed.in_features)
+            y = _wgmma_sp_linear(
+                flat, packed.values, packed.metadata, bias, packed.out_features, packed.in_features,
+                kind=ACTIVATIONS.index(activation), gated=True,
+            )  # fmt: skip
+            return y.view((*rows.shape[:-1], -1))
+        y = linear24(rows, packed, bias, backend=backend)
         return y if activation is None else activate(y, activation, gated=gated, interleaved=True)
     shape = torch.Size((*given.shape[:-1], packed.out_features // (2 if gated else 1)))
     kind = -1 if activation is None else ACTIVATIONS.index(activation)
@@ -251,8 +292,8 @@ def linear24_close(
 ) -> tuple[Tensor, Tensor | DeferredNorm]:
     """A packed linear layer at the end of a sub-block, the residual addition, and the RMSNorm behind it.
 
-    On a GPU, in bfloat16 and up to batch 64, one kernel does all but the norm's division, which it leaves to the next
-    layer. In float16 the undivided stream could overflow, so there and elsewhere the parts run one after the other.
+    On a GPU, in bfloat16 and where ``mma_sp`` runs the layer, one kernel does all but the norm's division, which it
+    leaves to the next layer. In float16 the undivided stream could overflow, so there and elsewhere the parts run one after the other.
 
     Args:
         x: ``[..., in_features]``, as for :func:`linear24`, or in tiles.
@@ -295,6 +336,12 @@ def fuses24(x: Tensor | Tiled, backend: str = "auto") -> bool:
     """
     data, rows = _data(x), x.shape[:-1].numel()
     return rows > 0 and native.fuses(data) and choose(data.device, data.dtype, rows, backend).kernel == "mma_sp"
+
+
+def _runs_on_wgmma(x: Tensor, backend: str) -> bool:
+    """Whether the kernel for prompts runs a packed layer, and may be called without the operator around it."""
+    rows = x.shape[:-1].numel()
+    return rows > 0 and native.fuses(x) and choose(x.device, x.dtype, rows, backend).kernel == "wgmma_sp"
 
 
 def _data(x: Tensor | Tiled) -> Tensor:
@@ -367,10 +414,14 @@ def explain(
 
         raise UnsupportedError("device='cuda': torch sees no CUDA device here; use device='cpu'")
     choice = choose(device, dtype, batch, backend)
-    if choice.kernel != "mma_sp":
-        return choice
     extension: Any = native.module()
-    tile = extension.linear24_choice(batch, out_features, in_features, *_device_facts(device))
+    multiprocessors, capability = _device_facts(device) if choice.kernel in ("mma_sp", "wgmma_sp") else (0, 0)
+    if choice.kernel == "wgmma_sp":
+        tile = extension.gemm24_choice(batch, out_features, in_features, multiprocessors)
+    elif choice.kernel == "mma_sp":
+        tile = extension.linear24_choice(batch, out_features, in_features, multiprocessors, capability)
+    else:
+        return choice
     return Choice(choice.kernel, f"{choice.summary}; tile {tile}", choice.rejected)
 
 
