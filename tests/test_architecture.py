@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "nn": {"errors", "formats", "ops"},
     "checkpoint": {"errors", "formats", "schedule"},
     "schedule": {"errors"},
-    "compress": {"errors", "formats"},
+    "compress": {"errors", "formats", "schedule"},
     "models": {"errors", "formats", "ops", "nn", "checkpoint", "schedule"},
     "engine": {"errors", "ops", "checkpoint", "schedule", "models"},
     "bench": {"errors", "formats", "ops", "nn", "checkpoint", "compress", "schedule", "models", "engine"},
