@@ -98,15 +98,16 @@ def anatomy_of(model: nn.Module) -> Anatomy:
             raise UnsupportedError(f"{name}: {key} is {getattr(config, key)!r}, which pruning here does not know")
     body_name = str(getattr(model, "base_model_prefix", "model") or "model")
     body: Any = getattr(model, body_name, None)
-    parts = {part: getattr(body, part, None) for part in ("layers", "embed_tokens", "norm")}
-    parts["head"] = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found = {part: getattr(body, part, None) for part in ("layers", "embed_tokens", "norm")}
+    found["head"] = getattr(model, "get_output_embeddings", lambda: None)()
     kinds = {"layers": nn.ModuleList, "embed_tokens": nn.Embedding, "norm": nn.Module, "head": nn.Linear}
     for part, kind in kinds.items():
-        if not isinstance(parts[part], kind):
+        if not isinstance(found[part], kind):
             raise UnsupportedError(
-                f"{name}: its {part} is {type(parts[part]).__name__}, not {kind.__name__}; pruning works on decoder-only "
-                f"models of transformers built like Llama (Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 text, Nemotron, Phi-3)"
+                f"{name}: its {part} is {type(found[part]).__name__}, not {kind.__name__}; pruning works on "
+                f"decoder-only models built like Llama (also Mistral, Qwen 2 and 3, Gemma 2 and 3 text, Nemotron, Phi-3)"
             )
+    parts: dict[str, Any] = dict(found)
     if parts["head"].bias is not None:
         raise UnsupportedError(f"{name}: its head adds a bias, which no family that sparsert runs has")
     softcap = getattr(config, "final_logit_softcapping", None)

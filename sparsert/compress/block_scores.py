@@ -6,8 +6,8 @@
     influence    1 - mean cosine of what goes into and comes out of it        one forward pass
 
 Magnitude and Taylor look at weights alone or at one point of the loss, and both rank the first blocks as the least
-needed, which are the ones no model survives without; hence the "+" rule in :mod:`sparsert.compress.depth`. Perplexity asks
-the question itself, block by block. Influence is nearly as good for one pass over the text.
+needed, which are the ones no model survives without; hence the "+" rule in :mod:`sparsert.compress.depth`. Perplexity
+asks the question itself, block by block. Influence is nearly as good for one pass over the text.
 
 Each function takes the blocks that are left out already, so the same scores serve one-shot and iterative removal.
 
@@ -123,7 +123,11 @@ def _influence(anatomy: Anatomy, running: list[int], batches: list[Tensor], repo
     with torch.no_grad():
         for done, batch in enumerate(batches, start=1):
             cosines: dict[int, Tensor] = {}
-            with observing(anatomy, running, lambda block, x, y, found=cosines: found.update({block: _cosine(x, y)})):
+
+            def look(block: int, before: Tensor, after: Tensor, found: dict[int, Tensor] = cosines) -> None:
+                found[block] = _cosine(before, after)
+
+            with observing(anatomy, running, look):
                 anatomy.hidden(batch)
             for block, cosine in cosines.items():
                 sums[block] += float(cosine)

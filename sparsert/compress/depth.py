@@ -3,16 +3,16 @@
 Three ways to choose ``count`` blocks:
 
 - one-shot: score once, remove the lowest. What both papers end up with;
-- iterative: remove ``step`` blocks, score what is left, go on. Costs a scoring a round and gains little in the papers;
-- contiguous: the run of ``count`` neighbours that is needed least, which keeps the seam in one place. By perplexity each
-  run is left out and the loss taken; by influence what goes into a run is compared with what comes out of it; magnitude
-  and Taylor add up the scores of the run.
+- iterative: remove ``step`` blocks, score what is left, go on. Costs a scoring a round and gains little there;
+- contiguous: the run of ``count`` neighbours that is needed least, which keeps the seam in one place. By perplexity
+  each run is left out and the loss taken; by influence what goes into a run is compared with what comes out of it;
+  magnitude and Taylor add up the scores of the run.
 
 The "+" rule guards the first four and the last two blocks (:func:`sparsert.schedule.guarded_blocks`): it is on unless
 someone forces it off, since two of the criteria would remove exactly those.
 
-Nothing is removed here: a plan is data, and the model is scored with blocks skipped. A low loss on calibration text is a
-guide and no promise; for tasks, contiguous runs late in the model have done better than the loss says.
+Nothing is removed here: a plan is data, and the model is scored with blocks skipped. A low loss on calibration text
+is a guide and no promise; for tasks, contiguous runs late in the model have done better than the loss says.
 
 Source: Kim et al., "Shortened LLaMA" (arXiv 2402.02834), section 3; Sreenivas et al., "LLM Pruning and Distillation in
 Practice" (arXiv 2408.11796), section 4.3, for contiguous runs.

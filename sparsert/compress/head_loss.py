@@ -1,10 +1,11 @@
 """Losses at the head without ever holding all logits of a batch.
 
 Logits of 16,384 tokens over 128,256 words are 8.4 GB in float32, and a loss with its gradient holds several such
-tensors. Here tokens pass through the head in chunks, as many at a time as a budget of bytes allows: a chunk's logits are
-made, its loss and gradient taken, and only the gradients of the hidden states and of the head's weight outlive it.
-Chunks are rows and not columns of the logits, because a softmax needs the whole vocabulary of a token. The price is none
-in arithmetic: the gradient is taken in the forward pass while the logits are there, nothing is computed twice.
+tensors. Here tokens pass through the head in chunks, as many at a time as a budget of bytes allows: a chunk's logits
+are made, its loss and gradient taken, and only the gradients of the hidden states and of the head's weight outlive
+it. Chunks are rows and not columns of the logits, because a softmax needs the whole vocabulary of a token. The price
+is none in arithmetic: the gradient is taken in the forward pass while the logits are there, nothing is computed
+twice.
 
 The logits are those of the model's own dtype, normalised in float32. What it gives up: no second derivatives.
 

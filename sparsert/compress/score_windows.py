@@ -1,8 +1,8 @@
 """The loss of a transformers model on windows of text: what every decision of this room is measured by.
 
 Mean negative log-likelihood in nats a token; ``exp`` of it is the perplexity. Windows are read in batches, logits in
-chunks (:mod:`sparsert.compress.head_loss`), so memory follows from one batch of hidden states. A loss that is not finite
-is an error at once: an order or a plan made of NaN would look like any other.
+chunks (:mod:`sparsert.compress.head_loss`), so memory follows from one batch of hidden states. A loss that is not
+finite is an error at once: an order or a plan made of NaN would look like any other.
 """
 
 from __future__ import annotations
