@@ -27,6 +27,10 @@ class InputError(SparsertError, ValueError):
     """An argument has the wrong type, shape, dtype, device or range."""
 
 
+class TrainingError(SparsertError):
+    """Training cannot go on, because the loss is no number any more."""
+
+
 def first_line(error: BaseException) -> str:
     """What a foreign error says, for use inside a sentence: its first line without the full stop, or else its name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -105,7 +105,7 @@ def anatomy_of(model: nn.Module) -> Anatomy:
         if not isinstance(found[part], kind):
             raise UnsupportedError(
                 f"{name}: its {part} is {type(found[part]).__name__}, not {kind.__name__}; pruning works on "
-                f"decoder-only models built like Llama (also Mistral, Qwen 2 and 3, Gemma 2 and 3 text, Nemotron, Phi-3)"
+                f"decoder-only models built like Llama (Mistral, Qwen 2 and 3, Gemma 2 and 3 text, Nemotron, Phi-3)"
             )
     parts: dict[str, Any] = dict(found)
     if parts["head"].bias is not None:
