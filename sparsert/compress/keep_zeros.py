@@ -25,6 +25,11 @@ from sparsert.formats.groups import count_groups
 _PRUNED_SHARE = 0.4
 
 
+def is_24(weight: Tensor) -> bool:
+    """Whether no group of four inputs of a weight ``[out_features, in_features]`` keeps more than two values."""
+    return weight.shape[1] % 4 == 0 and count_groups(weight)[1] == 0
+
+
 def masks_of(linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
     """2:4 masks of those linear layers whose weights are 2:4.
 
