@@ -38,7 +38,7 @@ def magnitude_mask(weight: Tensor, *, name: str = "weight") -> Tensor:
         >>> magnitude_mask(torch.tensor([[0.1, -3.0, 2.0, 0.5, 1.0, 1.0, 1.0, 1.0]])).int().tolist()
         [[0, 1, 1, 0, 1, 1, 0, 0]]
     """
-    rows, columns = check_matrix(weight, name)
+    check_matrix(weight, name)
     if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         raise InputError(f"{name}: got {weight.dtype}; magnitudes need a float type of 16 bits or more")
     # As integers without the sign bit, floats order by magnitude, and NaN stands above infinity.
@@ -48,7 +48,25 @@ def magnitude_mask(weight: Tensor, *, name: str = "weight") -> Tensor:
     if int(bits.max()) > infinity:
         count = int((bits > infinity).sum())
         raise InputError(f"{name}: {count} of {weight.numel()} values are NaN; the checkpoint is damaged, get it again")
-    magnitude = bits.view(-1, 4).t().contiguous()  # [4, groups]: the positions of a group in rows of their own
+    return two_largest(bits)
+
+
+def two_largest(scores: Tensor) -> Tensor:
+    """The two largest of every four neighbours in a row; of equals the earlier one.
+
+    Nothing is checked and nothing waits for the device.
+
+    Args:
+        scores: ``[rows, columns]``, any type that can be compared, without NaN.
+
+    Returns:
+        bool ``[rows, columns]``; exactly two of four are True.
+
+    Example:
+        >>> two_largest(torch.tensor([[1, 3, 3, 2], [0, 0, 0, 0]])).int().tolist()
+        [[0, 1, 1, 0], [1, 1, 0, 0]]
+    """
+    magnitude = scores.reshape(-1, 4).t().contiguous()  # [4, groups]: the positions of a group in rows of their own
     # A value's rank is the number of others that beat it. Six comparisons, and ties fall as wanted: of two
     # equals the one with the lower index wins. torch.topk promises no order among equals.
     rank = torch.empty_like(magnitude, dtype=torch.uint8)
@@ -59,4 +77,4 @@ def magnitude_mask(weight: Tensor, *, name: str = "weight") -> Tensor:
             low_wins = (magnitude[low] >= magnitude[high]).view(torch.uint8)
             rank[low] -= low_wins
             rank[high] += low_wins
-    return (rank < 2).t().contiguous().view(rows, columns)
+    return (rank < 2).t().contiguous().view(scores.shape)

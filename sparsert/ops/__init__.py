@@ -5,6 +5,7 @@ from sparsert.ops.attention import AttentionShape, decode_attention, explain_att
 from sparsert.ops.choice import BACKENDS, CAPABILITIES, Capability, Choice
 from sparsert.ops.dense import dense_linear
 from sparsert.ops.linear24 import explain, fuses24, linear24, linear24_close, linear24_open
+from sparsert.ops.masked_weight import CANDIDATES, candidate_masks, hard_mask, masked_weight
 from sparsert.ops.norm import DeferredNorm, residual_norm
 from sparsert.ops.pack import pack, unpack
 from sparsert.ops.tiles import Tiled, to_rows
@@ -12,6 +13,7 @@ from sparsert.ops.tiles import Tiled, to_rows
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
+    "CANDIDATES",
     "CAPABILITIES",
     "AttentionShape",
     "Capability",
@@ -19,14 +21,17 @@ __all__ = [
     "DeferredNorm",
     "Tiled",
     "activate",
+    "candidate_masks",
     "decode_attention",
     "dense_linear",
     "explain",
     "explain_attention",
     "fuses24",
+    "hard_mask",
     "linear24",
     "linear24_close",
     "linear24_open",
+    "masked_weight",
     "pack",
     "residual_norm",
     "rotate",

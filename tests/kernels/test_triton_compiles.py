@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparsert.kernels import linear24, pack24
+from sparsert.kernels import linear24, masked_weight, pack24
 
 
 def compile_kernel(kernel, pointers, constants, capability, **options):
@@ -70,6 +70,11 @@ for wide in (False, True):
         dict(BLOCKS=pack24._BLOCKS_PER_PROGRAM, WIDE=wide),
         capability,
     )
+for weight, logits in (("*bf16", "*bf16"), ("*bf16", "*fp32"), ("*fp32", "*fp32")):
+    for kernel in (masked_weight._masked_weight_kernel, masked_weight._masked_weight_backward_kernel):
+        pointers = dict.fromkeys(("weight", "masked", "gradient"), weight)
+        pointers |= dict.fromkeys(("logits", "logit_gradient"), logits) | {"controls": "*fp32", "seed": "*i64"}
+        compile_kernel(kernel, pointers, dict(BLOCK=masked_weight._GROUPS_PER_PROGRAM), capability)
 print("compiled")
 """
 
