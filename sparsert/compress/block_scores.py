@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from sparsert.compress.anatomy import Anatomy
 from sparsert.compress.head_loss import label_loss
-from sparsert.compress.score_windows import batches_of, check_windows, finite, mean_loss
+from sparsert.compress.score_windows import Remember, batches_of, check_windows, compute_always, finite, mean_loss
 from sparsert.compress.skipping import skipping
 from sparsert.errors import InputError
+from sparsert.schedule import format_block_list
 
 #: Names of the criteria.
 CRITERIA = ("magnitude", "taylor", "perplexity", "influence")
@@ -46,6 +47,7 @@ def score_blocks(
     skipped: Collection[int] = (),
     batch_size: int = 1,
     progress: Progress | None = None,
+    remember: Remember = compute_always,
 ) -> dict[int, float]:
     """Score every block that still runs.
 
@@ -56,6 +58,7 @@ def score_blocks(
         skipped: blocks that are left out already.
         batch_size: windows in one pass.
         progress: called as the work goes on.
+        remember: asked for every perplexity, the one criterion that takes long.
 
     Returns:
         Block -> score, for the blocks that run; lowest is needed least.
@@ -81,10 +84,27 @@ def score_blocks(
         else:
             scores = {}
             for done, block in enumerate(running, start=1):
-                with skipping(anatomy, [block]):
-                    scores[block] = math.exp(mean_loss(anatomy, windows, batch_size=batch_size))
+                gone = sorted({*skipped, block})
+                scores[block] = perplexity_without(anatomy, gone, windows, batch_size=batch_size, remember=remember)
                 report(done, len(running))
     return {block: finite(score, f"the {criterion} score of block {block}") for block, score in scores.items()}
+
+
+def perplexity_without(
+    anatomy: Anatomy,
+    blocks: Collection[int],
+    windows: Tensor,
+    *,
+    batch_size: int = 1,
+    remember: Remember = compute_always,
+) -> float:
+    """Perplexity of windows without some blocks."""
+
+    def compute() -> float:
+        with skipping(anatomy, blocks):
+            return math.exp(mean_loss(anatomy, windows, batch_size=batch_size))
+
+    return remember(f"perplexity without {format_block_list(blocks)}", compute)
 
 
 def magnitude_scores(anatomy: Anatomy, blocks: Collection[int]) -> dict[int, float]:

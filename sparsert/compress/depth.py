@@ -29,9 +29,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from sparsert.compress.anatomy import Anatomy
-from sparsert.compress.block_scores import CRITERIA, Progress, observing, score_blocks
-from sparsert.compress.score_windows import batches_of, check_windows, mean_loss
-from sparsert.compress.skipping import skipping
+from sparsert.compress.block_scores import CRITERIA, Progress, observing, perplexity_without, score_blocks
+from sparsert.compress.score_windows import Remember, batches_of, check_windows, compute_always
 from sparsert.errors import InputError
 from sparsert.schedule import LayerPlan, guarded_blocks
 
@@ -101,6 +100,7 @@ def choose_blocks(
     *,
     batch_size: int = 1,
     progress: Progress | None = None,
+    remember: Remember = compute_always,
 ) -> DepthChoice:
     """Choose the blocks that a model needs least.
 
@@ -109,7 +109,8 @@ def choose_blocks(
         settings: how many and how.
         windows: int64 ``[windows, length]`` of calibration text; only magnitude does without.
         batch_size: windows in one pass.
-        progress: called with how many scorings are done of how many.
+        progress: called with how many scorings are done of how many in this round.
+        remember: asked for every perplexity.
 
     Returns:
         The choice.
@@ -119,14 +120,20 @@ def choose_blocks(
     """
     candidates = _candidates(anatomy.num_blocks, settings)
     if settings.mode == "contiguous":
-        return _choose_run(anatomy, settings, candidates, windows, batch_size, progress)
+        return _choose_run(anatomy, settings, candidates, windows, batch_size, progress, remember)
     step = settings.step if settings.mode == "iterative" else settings.count
     removed: list[int] = []
     rounds: list[Mapping[int, float]] = []
     order: tuple[int, ...] = ()
     while len(removed) < settings.count:
         scores = score_blocks(
-            anatomy, settings.criterion, windows, skipped=removed, batch_size=batch_size, progress=progress
+            anatomy,
+            settings.criterion,
+            windows,
+            skipped=removed,
+            batch_size=batch_size,
+            progress=progress,
+            remember=remember,
         )
         rounds.append(scores)
         order = removal_order(scores)
@@ -157,6 +164,7 @@ def _choose_run(
     windows: Tensor | None,
     batch_size: int,
     progress: Progress | None,
+    remember: Remember,
 ) -> DepthChoice:
     """The run of neighbours that is needed least."""
     count = settings.count
@@ -177,8 +185,7 @@ def _choose_run(
         else:
             by_first = {}
             for done, run in enumerate(runs, start=1):
-                with skipping(anatomy, run):
-                    by_first[run[0]] = math.exp(mean_loss(anatomy, windows, batch_size=batch_size))
+                by_first[run[0]] = perplexity_without(anatomy, run, windows, batch_size=batch_size, remember=remember)
                 if progress is not None:
                     progress(done, len(runs))
     first = removal_order(by_first)[0]

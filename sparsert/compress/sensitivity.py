@@ -26,7 +26,7 @@ from sparsert.compress.anatomy import Anatomy, block_of
 from sparsert.compress.keep_zeros import is_24
 from sparsert.compress.latency_table import LatencyTable, Layer
 from sparsert.compress.magnitude import magnitude_mask
-from sparsert.compress.score_windows import batches_of, check_windows, mean_loss
+from sparsert.compress.score_windows import Remember, batches_of, check_windows, compute_always, mean_loss
 from sparsert.compress.skipping import masking, skipping
 from sparsert.compress.wanda import InputNorms, wanda_mask
 from sparsert.errors import InputError
@@ -153,6 +153,7 @@ def measure_changes(
     *,
     table: LatencyTable | None = None,
     batch_size: int = 1,
+    remember: Remember = compute_always,
 ) -> Iterator[Change | Sensitivity]:
     """Measure every change alone.
 
@@ -162,6 +163,7 @@ def measure_changes(
         masks: by linear layer, see :func:`make_masks`.
         table: measured layer times.
         batch_size: windows in one pass.
+        remember: asked for every loss.
 
     Yields:
         Each change as it is measured, ``num_blocks + len(masks)`` of them, and the whole at last.
@@ -169,7 +171,11 @@ def measure_changes(
     Raises:
         InputError: unusable windows, or a loss that is not finite.
     """
-    loss = mean_loss(anatomy, windows, batch_size=batch_size)
+
+    def measure() -> float:
+        return mean_loss(anatomy, windows, batch_size=batch_size)
+
+    loss = remember("loss", measure)
     linears = anatomy.block_linears()
     sparse = {name for name, linear in linears.items() if linear.in_features % 4 == 0 and is_24(linear.weight.detach())}
     layers = {
@@ -178,7 +184,7 @@ def measure_changes(
     changes: list[Change] = []
     for block in range(anatomy.num_blocks):
         with skipping(anatomy, [block]):
-            increase = mean_loss(anatomy, windows, batch_size=batch_size) - loss
+            increase = remember(f"loss without block {block}", measure) - loss
         inside = [layer for name, layer in layers.items() if block_of(name) == block]
         saved = sum(layer.nbytes for layer in inside)
         time = table.total(inside) if table is not None else None
@@ -196,7 +202,7 @@ def measure_changes(
         yield changes[-1]
     for name, mask in masks.items():
         with masking(linears, {name: mask}):
-            increase = mean_loss(anatomy, windows, batch_size=batch_size) - loss
+            increase = remember(f"loss with 2:4 {name}", measure) - loss
         packed = dataclasses.replace(layers[name], sparse=True)
         us, estimated = None, False
         if table is not None:
