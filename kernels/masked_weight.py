@@ -11,11 +11,10 @@ The regularisation is that of MaskLLM: the loss less lambda * |w * m|^2, so that
 its gradient is added here, where w * m is at hand, and its value is never computed.
 
 In torch these are some thirty passes over tensors of the size of the logits, most of them kept for the backward pass.
-Here
-it is one pass forward and one back, and nothing is kept but the inputs: the noise is a function of a seed, the layer's
-number and the group (Philox 4x32-10 with the group in the first two counters, the layer in the third, and which
-three of the six candidates in the last), so the backward pass draws it again. That makes recomputation under
-gradient checkpointing exact as well, and the noise the same on every device.
+Here it is one pass forward and one back, and nothing is kept but the inputs: the noise is a function of a seed and the
+group (Philox 4x32-10, keyed by the seed, with the group in the first two words of the counter and the half of the
+six candidates in the last), so the backward pass draws it again. That makes recomputation under gradient
+checkpointing exact as well, and the noise the same on every device.
 
 A program takes one run of groups. Logits lie as ``[groups, 6]`` and are read in six strided loads that share cache
 lines: memory traffic is what it must be, and the 40 transcendental functions a group hide behind it.
@@ -50,13 +49,13 @@ def _gumbel(bits):
 
 
 @triton.jit
-def _probabilities(logits, group, inside, seed, layer, scale, temperature):
+def _probabilities(logits, group, inside, seed, scale, temperature):
     """Soft choice among the six candidates: a vector over groups for each."""
     low = group.to(tl.uint32)
     high = (group >> 32).to(tl.uint32)
     none = low * 0
-    b0, b1, b2, _ = tl.philox(seed, low, high, none + layer, none)
-    b3, b4, b5, _ = tl.philox(seed, low, high, none + layer, none + 1)
+    b0, b1, b2, _ = tl.philox(seed, low, high, none, none)
+    b3, b4, b5, _ = tl.philox(seed, low, high, none, none + 1)
     at = logits + group * 6
     z0 = (tl.load(at, mask=inside, other=0.0).to(tl.float32) * scale + _gumbel(b0)) / temperature
     z1 = (tl.load(at + 1, mask=inside, other=0.0).to(tl.float32) * scale + _gumbel(b1)) / temperature
@@ -83,13 +82,12 @@ def _masked_weight_kernel(
     seed,  # int64 [1]
     masked,  # [groups, 4]
     groups,
-    layer,
     BLOCK: tl.constexpr,
 ):
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = group < groups
     p0, p1, p2, p3, p4, p5 = _probabilities(
-        logits, group, inside, tl.load(seed), layer, tl.load(controls), tl.load(controls + 1)
+        logits, group, inside, tl.load(seed), tl.load(controls), tl.load(controls + 1)
     )
     at = weight + group * 4
     w0 = tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -112,7 +110,6 @@ def _masked_weight_backward_kernel(
     seed,  # int64 [1]
     logit_gradient,  # [groups, 6]
     groups,
-    layer,
     BLOCK: tl.constexpr,
 ):
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -120,7 +117,7 @@ def _masked_weight_backward_kernel(
     scale = tl.load(controls)
     temperature = tl.load(controls + 1)
     decay = 2 * tl.load(controls + 2)
-    p0, p1, p2, p3, p4, p5 = _probabilities(logits, group, inside, tl.load(seed), layer, scale, temperature)
+    p0, p1, p2, p3, p4, p5 = _probabilities(logits, group, inside, tl.load(seed), scale, temperature)
     at = weight + group * 4
     w0 = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     w1 = tl.load(at + 1, mask=inside, other=0.0).to(tl.float32)
@@ -155,15 +152,14 @@ def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def masked_weight(weight: Tensor, logits: Tensor, controls: Tensor, seed: Tensor, layer: int) -> Tensor:
+def masked_weight(weight: Tensor, logits: Tensor, controls: Tensor, seed: Tensor) -> Tensor:
     """Weight under the soft mask.
 
     Args:
         weight: contiguous, ``numel`` a multiple of 4.
         logits: contiguous ``[numel / 4, 6]``.
         controls: float32 ``[3]``: scale, temperature, regularisation.
-        seed: int64 ``[1]``.
-        layer: number of the layer, so that layers draw different noise.
+        seed: int64 ``[1]``; layers need different ones.
 
     Returns:
         Like ``weight``.
@@ -172,19 +168,17 @@ def masked_weight(weight: Tensor, logits: Tensor, controls: Tensor, seed: Tensor
     groups = logits.shape[0]
     with _on_device(weight):
         _masked_weight_kernel[(triton.cdiv(groups, _GROUPS_PER_PROGRAM),)](
-            weight, logits, controls, seed, masked, groups, layer, BLOCK=_GROUPS_PER_PROGRAM, num_warps=_NUM_WARPS
+            weight, logits, controls, seed, masked, groups, BLOCK=_GROUPS_PER_PROGRAM, num_warps=_NUM_WARPS
         )
     return masked
 
 
-def masked_weight_backward(
-    gradient: Tensor, weight: Tensor, logits: Tensor, controls: Tensor, seed: Tensor, layer: int
-) -> Tensor:
+def masked_weight_backward(gradient: Tensor, weight: Tensor, logits: Tensor, controls: Tensor, seed: Tensor) -> Tensor:
     """Gradient of the logits, in their dtype.
 
     Args:
         gradient: of what :func:`masked_weight` returned, contiguous.
-        weight, logits, controls, seed, layer: as given to it.
+        weight, logits, controls, seed: as given to it.
     """
     logit_gradient = torch.empty_like(logits)
     groups = logits.shape[0]
@@ -197,7 +191,6 @@ def masked_weight_backward(
             seed,
             logit_gradient,
             groups,
-            layer,
             BLOCK=_GROUPS_PER_PROGRAM,
             num_warps=_NUM_WARPS,
         )

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsert.cli_bench import add_bench
 from sparsert.cli_convert import convert, mask_method
+from sparsert.cli_jobs import add_jobs, add_ways_to_prune
 from sparsert.cli_options import build_parser
 from sparsert.errors import InputError, SparsertError, UnsupportedError
 
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "inspect": inspect,
                 "env": env,
             }
-            arguments = build_parser(commands, add_bench).parse_args(argv)
+            arguments = build_parser(commands, (add_jobs, add_bench), (add_ways_to_prune,)).parse_args(argv)
             code = arguments.run(arguments)
         sys.stdout.flush()
     except SystemExit as leaving:  # --help and --version
@@ -226,6 +227,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def prune(arguments: argparse.Namespace) -> None:
     """``sparsert prune``: write an ordinary checkpoint with zeros."""
+    missing = [f"--{name}" for name in ("model", "output") if getattr(arguments, name) is None]
+    if missing:
+        raise InputError(f"the following arguments are required: {', '.join(missing)}; see `sparsert prune --help`")
     blocks = _parse_block_options(arguments)
     from sparsert.checkpoint import open_checkpoint, prune_checkpoint, resolve_checkpoint
     from sparsert.checkpoint.work import check_output

@@ -6,7 +6,7 @@ Apart from parsing nothing happens here; ``sparsert.cli`` says what each subcomm
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from sparsert import __version__
@@ -33,6 +33,7 @@ examples:
   sparsert generate --model DIR --prompt "Hello" --chat  run your own checkpoint as a chat model
   sparsert eval --model DIR --text wikitext2-test.txt    measure its perplexity
   sparsert prune --model DIR --output PRUNED             write a 2:4 checkpoint
+  sparsert learn-masks --model DIR --text FILE --output PRUNED   learn which weights stay
   sparsert convert PRUNED PACKED                         store 2:4 weights packed, at 9/16 of the bytes
   sparsert inspect PRUNED                                see which layers would run sparse
   sparsert bench kernels                                 measure layers against cuBLAS and torch.sparse
@@ -72,6 +73,7 @@ examples:
   sparsert prune --model DIR --remove-blocks 21-25,27 --output PRUNED
   sparsert prune --model DIR --masks mask_compressed.npz --to sparsert --output PACKED
   sparsert prune --model DIR --method none --remove-blocks 21-25,27 --output SHORTER
+  sparsert prune mask --model DIR --method sparsegpt --text FILE --output PRUNED
 
 The result is an ordinary Hugging Face checkpoint: zeros where values were pruned (or packed, with
 --to sparsert), the remaining blocks numbered anew. What was done stands in its config.json. Magnitude
@@ -100,12 +102,17 @@ is told for what it is.
 """
 
 
-def build_parser(run: Mapping[str, Command], add_more: Callable[[Any], None] | None = None) -> argparse.ArgumentParser:
+def build_parser(
+    run: Mapping[str, Command],
+    add_more: Sequence[Callable[[Any], None]] = (),
+    add_ways_to_prune: Sequence[Callable[[Any], None]] = (),
+) -> argparse.ArgumentParser:
     """The parser of the whole command line.
 
     Args:
         run: what each subcommand does; the parsed options carry it as ``run``.
-        add_more: adds further subcommands to what ``add_subparsers`` returned.
+        add_more: each adds further subcommands to what ``add_subparsers`` returned.
+        add_ways_to_prune: each adds subcommands of ``prune`` likewise.
 
     Returns:
         A parser that raises ``InputError`` for a command line it does not understand.
@@ -121,11 +128,11 @@ def build_parser(run: Mapping[str, Command], add_more: Callable[[Any], None] | N
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands, run["generate"])
     _add_eval(commands, run["eval"])
-    _add_prune(commands, run["prune"])
+    _add_prune(commands, run["prune"], add_ways_to_prune)
     _add_convert(commands, run["convert"])
     _add_inspect(commands, run["inspect"])
-    if add_more is not None:
-        add_more(commands)
+    for add in add_more:
+        add(commands)
     _add_env(commands, run["env"])
     return parser
 
@@ -238,10 +245,16 @@ def _add_eval(commands: Any, run: Command) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
 
 
-def _add_prune(commands: Any, run: Command) -> None:
+def _add_prune(commands: Any, run: Command, add_ways: Sequence[Callable[[Any], None]]) -> None:
     command = _add_command(commands, "prune", run, "write a pruned copy of a checkpoint", _PRUNE_EXAMPLES)
-    command.add_argument("--model", metavar="DIR|ID", required=True, help="model directory or hub id")
-    command.add_argument("--output", metavar="DIR", required=True, help="directory to create; must be new or empty")
+    ways = command.add_subparsers(
+        title="ways to prune that look at a text, each with options of its own", metavar="WAY"
+    )
+    for add in add_ways:
+        add(ways)
+    # needed, but by `prune` alone: argparse would ask `prune WAY` for them as well
+    command.add_argument("--model", metavar="DIR|ID", help="model directory or hub id")
+    command.add_argument("--output", metavar="DIR", help="directory to create; must be new or empty")
     command.add_argument(
         "--method",
         choices=("magnitude", "none"),

@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli_options": {"errors"},
     "cli_bench": {"bench", "cli_options"},
     "cli_convert": {"errors", "checkpoint", "compress"},
-    "cli_masks": {"errors", "checkpoint", "jobs", "cli_options"},
+    "cli_jobs": {"jobs"},
     "cli": {
         "errors",
         "checkpoint",
@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
         "cli_options",
         "cli_bench",
         "cli_convert",
-        "cli_masks",
+        "cli_jobs",
     },
     "__main__": {"cli"},
     "__init__": {"integrations"},

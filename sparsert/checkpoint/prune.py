@@ -81,6 +81,7 @@ def prune_checkpoint(
     *,
     method: str,
     mask_maker: Callable[[str, Tensor], Tensor] | None,
+    weight_maker: Callable[[str, Tensor], Tensor] | None = None,
     base_model: str,
     plan: LayerPlan | None = None,
     target: str | None = None,
@@ -96,6 +97,8 @@ def prune_checkpoint(
         method: name to record for the masks.
         mask_maker: called with name and weight ``[out_features, in_features]``, returns a bool mask (True keeps);
             None leaves the weights as they are.
+        weight_maker: called likewise before it, returns the weight to mask, of the same shape and dtype; for methods
+            that change the weights that stay. Default: the weight itself.
         base_model: name to record; an earlier record in ``source`` wins.
         plan: what to keep, default all; what the source itself skips stays away.
         target: ``dense``, ``sparsert`` or ``sparse-24-bitmask``, see :class:`~sparsert.checkpoint.writer.Form`; what is
@@ -125,6 +128,8 @@ def prune_checkpoint(
         if tensor.shape[1] % 4 or name in keep_dense:
             dense.append(rename_block(name, position[block_of(name) or 0]))
             return tensor
+        if weight_maker is not None:
+            tensor = weight_maker(name, tensor)
         pruned = torch.where(mask_maker(name, tensor), tensor, torch.zeros((), dtype=tensor.dtype))
         zeros += pruned.numel() - int(torch.count_nonzero(pruned))
         positions += pruned.numel()

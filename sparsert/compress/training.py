@@ -116,12 +116,15 @@ class Position:
         part: which forward of the update, counted from 0 over all processes.
         progress: 0 at the first update, 1 at the last.
         seed: of the run.
+        share: of the update's windows that this forward reads in its process; what a loss adds that is no mean over
+            tokens must be multiplied with it.
     """
 
     step: int
     part: int
     progress: float
     seed: int
+    share: float = 1.0
 
 
 class LossFunction(Protocol):
@@ -241,9 +244,10 @@ class Trainer:
         loss = torch.zeros((), device=tokens.device)
         for number, part in enumerate(parts):
             part_number = self.processes.index * len(parts) + number
-            position = Position(self.step, part_number, progress, options.seed)
+            share = len(part) / len(tokens)
+            position = Position(self.step, part_number, progress, options.seed, share)
             with torch.autocast("cuda", torch.bfloat16, enabled=options.autocast and tokens.is_cuda):
-                part_loss = self._loss_function(part, position) * (len(part) / len(tokens))
+                part_loss = self._loss_function(part, position) * share
             part_loss.backward()
             loss += part_loss.detach()
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]

@@ -87,7 +87,8 @@ def parse_options(arguments: argparse.Namespace, options_type: type[Options]) ->
     if arguments.config is not None:
         given = _checked(read_config(arguments.config), options_type, arguments.config)
     fields = {field.name: field for field in dataclasses.fields(options_type)}  # type: ignore[arg-type]
-    given |= {name: value for name, value in vars(arguments).items() if name in fields}
+    # None is what an outer command knows by the same name and was not given
+    given |= {name: value for name, value in vars(arguments).items() if name in fields and value is not None}
     missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in given]
     if missing:
         flags = ", ".join("--" + name.replace("_", "-") for name in missing)

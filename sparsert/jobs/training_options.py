@@ -52,7 +52,9 @@ class TrainingJobOptions(TextOptions, DeviceOptions):
     beta2: float = option(0.95, "of AdamW")
     epsilon: float = option(1e-8, "of AdamW")
     clip_norm: float = option(1.0, "gradients are scaled down to this norm; 0 leaves them")
-    optimizer_state: str = option("float32", "number format of AdamW's moments", choices=("float32", "bfloat16"))
+    optimizer_state: str = option(
+        "float32", "number format of AdamW's moments", choices=("float32", "bfloat16", "int8")
+    )
     save_every: int = option(500, "updates from one saved state to the next; 0 saves none")
     resume: bool = option(False, "go on with a run of the same options that was killed")
 

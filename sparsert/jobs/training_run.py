@@ -27,11 +27,27 @@ from typing import Any
 import torch
 
 from sparsert.compress.training import StepRecord, Trainer
-from sparsert.errors import CheckpointError, InputError, first_line
+from sparsert.errors import CheckpointError, InputError, UnsupportedError, first_line
 from sparsert.jobs.progress import Progress
 
-#: What may differ between a run and the one that resumes it: none of these changes the result.
-_FREE_OPTIONS = ("save_every", "resume", "device", "evaluate_every")
+#: What may differ between a run and the one that resumes it: none of these changes the result. Places are among
+#: them because what lies there, the model and the text, is told apart by fingerprints.
+_FREE_OPTIONS = (
+    "save_every",
+    "resume",
+    "device",
+    "evaluate_every",
+    "evaluate_text",
+    "model",
+    "text",
+    "masks",
+    "output",
+    "masks_output",
+    "to",
+)
+
+
+_LOCK = ".lock"
 
 
 class TrainingRun:
@@ -104,6 +120,7 @@ class TrainingRun:
 
         Raises:
             TrainingError: the loss is no number; the last saved state stays as it was.
+            UnsupportedError: the GPU's memory does not suffice.
             CheckpointError: the disk is full, or the state is damaged.
         """
         if self._resume and self.state_file.is_file():
@@ -130,7 +147,13 @@ class TrainingRun:
                     self._save_state(trainer)
                 progress.advance({"loss": record.loss, **values})
 
-            trainer.train(callback=after_step)
+            try:
+                trainer.train(callback=after_step)
+            except torch.OutOfMemoryError as error:
+                raise UnsupportedError(
+                    f"step {trainer.step + 1}: out of GPU memory ({first_line(error)}); use a smaller --micro-batch "
+                    f"(now {options.micro_batch or options.batch_size}) or a shorter --window"
+                ) from error
         trainer.processes.wait()
 
     def finish(self) -> None:
@@ -141,9 +164,8 @@ class TrainingRun:
     def _claim(self) -> None:
         """Write what is being run, or check that it is what was."""
         run_file = self.directory / "run.json"
-        if self._resume and self.state_file.is_file():
-            earlier = _read_json(run_file)
-            differing = _differences(earlier, self._identity)
+        if self._resume and run_file.is_file():
+            differing = _differences(_read_json(run_file), self._identity)
             if differing:
                 raise InputError(
                     f"{self.directory}: holds another run, which differs in {', '.join(differing)}; give it the same "
@@ -155,7 +177,9 @@ class TrainingRun:
                 f"{self.directory}: holds a run that has not ended; go on with --resume, or remove the directory to "
                 "start anew"
             )
-        self.log_file.unlink(missing_ok=True)
+        for entry in self.directory.iterdir():  # of a run that has ended, or was killed before its first state
+            if entry.is_file() and entry.name != _LOCK:
+                entry.unlink()
         _write_whole(run_file, lambda file: file.write_text(json.dumps(self._identity, indent=2) + "\n"))
 
     def _load_state(self) -> dict[str, Any]:
@@ -224,7 +248,7 @@ def _read_json(file: Path) -> Any:
 
 @contextlib.contextmanager
 def _lock(directory: Path) -> Iterator[None]:
-    with (directory / ".lock").open("w") as lock:
+    with (directory / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

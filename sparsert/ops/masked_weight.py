@@ -40,7 +40,7 @@ def candidate_masks(device: torch.device | str = "cpu") -> Tensor:
     return masks
 
 
-def masked_weight(weight: Tensor, logits: Tensor, controls: Tensor, seed: Tensor, layer: int = 0) -> Tensor:
+def masked_weight(weight: Tensor, logits: Tensor, controls: Tensor, seed: Tensor) -> Tensor:
     """Weight times a soft mask drawn from logits; differentiable in the logits.
 
     Args:
@@ -49,8 +49,7 @@ def masked_weight(weight: Tensor, logits: Tensor, controls: Tensor, seed: Tensor
             order of :data:`CANDIDATES`.
         controls: float32 ``[3]``: scale of the logits, temperature, regularisation (lambda of -lambda * |w * m|^2, of
             which only the gradient is taken).
-        seed: int64 ``[1]``: same seed, layer and logits, same mask.
-        layer: distinguishes layers that share a seed.
+        seed: int64 ``[1]``: same seed and logits, same mask; layers need different ones.
 
     Returns:
         Like ``weight``.
@@ -79,7 +78,7 @@ def masked_weight(weight: Tensor, logits: Tensor, controls: Tensor, seed: Tensor
             f"controls are {tuple(controls.shape)} {controls.dtype} and seed {tuple(seed.shape)} {seed.dtype}; needed: "
             "(3,) float32 and (1,) int64"
         )
-    masked: Tensor = torch.ops.sparsert.masked_weight(weight, logits, controls, seed, layer)
+    masked: Tensor = torch.ops.sparsert.masked_weight(weight, logits, controls, seed)
     return masked
 
 
@@ -99,20 +98,20 @@ def hard_mask(logits: Tensor, shape: tuple[int, int]) -> Tensor:
     return (first.float() @ candidate_masks(logits.device)).bool().view(shape)
 
 
-def masked_weight_reference(weight: Tensor, logits: Tensor, controls: Tensor, seed: Tensor, layer: int) -> Tensor:
+def masked_weight_reference(weight: Tensor, logits: Tensor, controls: Tensor, seed: Tensor) -> Tensor:
     """The forward formula in torch."""
-    probabilities = _probabilities(logits, controls, seed, layer)
+    probabilities = _probabilities(logits, controls, seed)
     mask = probabilities @ candidate_masks(weight.device)
     return (weight.float().view(-1, 4) * mask).view(weight.shape).to(weight.dtype)
 
 
 def masked_weight_backward_reference(
-    gradient: Tensor, weight: Tensor, logits: Tensor, controls: Tensor, seed: Tensor, layer: int
+    gradient: Tensor, weight: Tensor, logits: Tensor, controls: Tensor, seed: Tensor
 ) -> Tensor:
     """The gradient of the logits in torch."""
     scale, temperature, regularisation = controls.unbind()
     candidates = candidate_masks(weight.device)
-    probabilities = _probabilities(logits, controls, seed, layer)
+    probabilities = _probabilities(logits, controls, seed)
     w = weight.float().view(-1, 4)
     of_mask = w * (gradient.float().reshape(-1, 4) - 2 * regularisation * w * (probabilities @ candidates))
     of_choice = of_mask @ candidates.t()
@@ -120,18 +119,18 @@ def masked_weight_backward_reference(
     return (scale / temperature * probabilities * (of_choice - mean)).to(logits.dtype)
 
 
-def gumbel_noise(groups: int, seed: int, layer: int, device: torch.device | str = "cpu") -> Tensor:
-    """The noise of a layer, float32 ``[groups, 6]``; that of the kernel up to the rounding of two logarithms."""
+def gumbel_noise(groups: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """The noise of a seed, float32 ``[groups, 6]``; that of the kernel up to the rounding of two logarithms."""
     group = torch.arange(groups, device=device)
     words: list[Tensor] = []
     for half in range(2):
-        words += _philox(seed, group & _LOW, group >> 32, layer & _LOW, half)[:3]
+        words += _philox(seed, group & _LOW, group >> 32, 0, half)[:3]
     uniform = ((torch.stack(words, dim=1) >> 9).float() + 0.5) * 2.0**-23
     return -(-uniform.log()).clamp(min=2.0**-24).log()
 
 
-def _probabilities(logits: Tensor, controls: Tensor, seed: Tensor, layer: int) -> Tensor:
-    noise = gumbel_noise(logits.shape[0], int(seed), layer, logits.device)
+def _probabilities(logits: Tensor, controls: Tensor, seed: Tensor) -> Tensor:
+    noise = gumbel_noise(logits.shape[0], int(seed), logits.device)
     return ((logits.float() * controls[0] + noise) / controls[1]).softmax(dim=1)
 
 
@@ -161,55 +160,53 @@ def _runs_kernel(weight: Tensor) -> bool:
     return weight.is_cuda and _has_triton()
 
 
-def _masked_weight_impl(weight: Tensor, logits: Tensor, controls: Tensor, seed: Tensor, layer: int) -> Tensor:
+def _masked_weight_impl(weight: Tensor, logits: Tensor, controls: Tensor, seed: Tensor) -> Tensor:
     if not _runs_kernel(weight):
-        return masked_weight_reference(weight, logits, controls, seed, layer)
+        return masked_weight_reference(weight, logits, controls, seed)
     from sparsert.kernels.masked_weight import masked_weight as kernel
 
-    masked: Tensor = kernel(weight, logits, controls, seed, layer)
+    masked: Tensor = kernel(weight, logits, controls, seed)
     return masked
 
 
 def _masked_weight_backward_impl(
-    gradient: Tensor, weight: Tensor, logits: Tensor, controls: Tensor, seed: Tensor, layer: int
+    gradient: Tensor, weight: Tensor, logits: Tensor, controls: Tensor, seed: Tensor
 ) -> Tensor:
     if not _runs_kernel(weight):
-        return masked_weight_backward_reference(gradient, weight, logits, controls, seed, layer)
+        return masked_weight_backward_reference(gradient, weight, logits, controls, seed)
     from sparsert.kernels.masked_weight import masked_weight_backward as kernel
 
-    of_logits: Tensor = kernel(gradient.contiguous(), weight, logits, controls, seed, layer)
+    of_logits: Tensor = kernel(gradient.contiguous(), weight, logits, controls, seed)
     return of_logits
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, logits, controls, seed, layer = inputs
+    weight, logits, controls, seed = inputs
     ctx.save_for_backward(weight, logits, controls, seed)
-    ctx.layer = layer
 
 
 def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     weight, logits, controls, seed = ctx.saved_tensors
-    of_logits = torch.ops.sparsert.masked_weight_backward(gradient, weight, logits, controls, seed, ctx.layer)
-    return None, of_logits, None, None, None
+    of_logits = torch.ops.sparsert.masked_weight_backward(gradient, weight, logits, controls, seed)
+    return None, of_logits, None, None
 
 
 _library = torch.library.Library("sparsert", "FRAGMENT")
-_library.define("masked_weight(Tensor weight, Tensor logits, Tensor controls, Tensor seed, int layer) -> Tensor")
+_library.define("masked_weight(Tensor weight, Tensor logits, Tensor controls, Tensor seed) -> Tensor")
 _library.define(
-    "masked_weight_backward(Tensor gradient, Tensor weight, Tensor logits, Tensor controls, Tensor seed, int layer) "
-    "-> Tensor"
+    "masked_weight_backward(Tensor gradient, Tensor weight, Tensor logits, Tensor controls, Tensor seed) -> Tensor"
 )
 for _device in ("CPU", "CUDA"):
     _library.impl("masked_weight", _masked_weight_impl, _device)
     _library.impl("masked_weight_backward", _masked_weight_backward_impl, _device)
 torch.library.register_fake(
     "sparsert::masked_weight",
-    lambda weight, logits, controls, seed, layer: torch.empty_like(weight),
+    lambda weight, logits, controls, seed: torch.empty_like(weight),
     lib=_library,
 )
 torch.library.register_fake(
     "sparsert::masked_weight_backward",
-    lambda gradient, weight, logits, controls, seed, layer: torch.empty_like(logits),
+    lambda gradient, weight, logits, controls, seed: torch.empty_like(logits),
     lib=_library,
 )
 torch.library.register_autograd("sparsert::masked_weight", _gradient, setup_context=_setup_context, lib=_library)

@@ -18,7 +18,7 @@ from sparsert.errors import CheckpointError, InputError
 from sparsert.jobs import training_run
 from sparsert.jobs.training_run import TrainingRun, read_log
 
-IDENTITY = {"options": {"steps": 9, "text": ["a"], "save_every": 2}, "model": "abc"}
+IDENTITY = {"options": {"steps": 9, "schedule": "linear", "save_every": 2}, "weights": "abc"}
 
 
 class Killed(BaseException):
@@ -71,10 +71,10 @@ def test_another_run_is_refused_and_names_what_differs(tmp_path: Path) -> None:
     train(tmp_path / "out")
     with pytest.raises(InputError, match="holds a run that has not ended; go on with --resume"):
         train(tmp_path / "out")
-    other = {"options": {"steps": 10, "text": ["b"], "save_every": 7}, "model": "abc"}
-    with pytest.raises(InputError, match=r"differs in options\.steps, options\.text; give it the same"):
+    other = {"options": {"steps": 10, "schedule": "linear", "save_every": 7}, "weights": "abd"}
+    with pytest.raises(InputError, match=r"differs in options\.steps, weights; give it the same"):
         train(tmp_path / "out", resume=True, identity=other)
-    same = {"options": {"steps": 9, "text": ["a"], "save_every": 7}, "model": "abc"}
+    same = {"options": {"steps": 9, "schedule": "linear", "save_every": 7, "output": "elsewhere"}, "weights": "abc"}
     train(tmp_path / "out", resume=True, identity=same)
 
 

@@ -37,28 +37,27 @@ def test_equals_the_reference(shape: tuple[int, int], weights: torch.dtype, logi
     arguments = problem(shape, weights, logits, device)
     # a rounding of the result and no more: the arithmetic of both is fp32
     close = {"rtol": 1e-2, "atol": 1e-4} if weights == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(masked_weight(*arguments, 5), masked_weight_reference(*arguments, 5), **close)
+    torch.testing.assert_close(masked_weight(*arguments), masked_weight_reference(*arguments), **close)
     gradient = torch.randn(shape, device=device).to(weights)
-    ours = masked_weight_backward(gradient, *arguments, 5)
+    ours = masked_weight_backward(gradient, *arguments)
     assert ours.dtype == logits
-    expected = masked_weight_backward_reference(gradient, *arguments, 5)
+    expected = masked_weight_backward_reference(gradient, *arguments)
     close = {"rtol": 1e-2, "atol": 1e-2} if logits == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-3}
     torch.testing.assert_close(ours, expected, **close)
 
 
-def test_layers_and_seeds_draw_other_noise(device: str) -> None:
+def test_seeds_draw_other_noise(device: str) -> None:
     weight, logits, controls, seed = problem((8, 64), torch.float32, torch.float32, device)
-    first = masked_weight(weight, logits, controls, seed, 0)
-    assert torch.equal(first, masked_weight(weight, logits, controls, seed, 0))
-    assert not torch.equal(first, masked_weight(weight, logits, controls, seed, 1))
-    assert not torch.equal(first, masked_weight(weight, logits, controls, seed + 1, 0))
-    high = masked_weight(weight, logits, controls, seed + 2**32, 0)
-    assert not torch.equal(first, high)
+    first = masked_weight(weight, logits, controls, seed)
+    assert torch.equal(first, masked_weight(weight, logits, controls, seed))
+    assert not torch.equal(first, masked_weight(weight, logits, controls, seed + 1))
+    # the upper half of a seed counts as well
+    assert not torch.equal(first, masked_weight(weight, logits, controls, seed + 2**32))
 
 
 def test_low_temperature_gives_whole_masks(device: str) -> None:
     weight, logits, _, seed = problem((16, 128), torch.float32, torch.float32, device)
-    masked = masked_weight(weight, logits, torch.tensor([500.0, 1e-3, 0.0], device=device), seed, 0)
+    masked = masked_weight(weight, logits, torch.tensor([500.0, 1e-3, 0.0], device=device), seed)
     kept = (masked.abs() > 1e-6 * weight.abs()).view(-1, 4).sum(1)
     # two candidates nearly tied still share a group now and then
     assert float((kept == 2).float().mean()) > 0.99
@@ -69,8 +68,8 @@ def test_nothing_beyond_the_last_group_is_written(device: str) -> None:
     import sparsert.kernels.masked_weight as kernels
 
     room = torch.full((2048, 4), float("nan"), device=device)
-    kernels._masked_weight_kernel[(1,)](weight, logits, controls, seed, room, 15, 0, BLOCK=512)
+    kernels._masked_weight_kernel[(1,)](weight, logits, controls, seed, room, 15, BLOCK=512)
     assert bool(room[:15].isfinite().all()) and bool(room[15:].isnan().all())
     room = torch.full((2048, 6), float("nan"), device=device)
-    kernels._masked_weight_backward_kernel[(1,)](weight, weight, logits, controls, seed, room, 15, 0, BLOCK=512)
+    kernels._masked_weight_backward_kernel[(1,)](weight, weight, logits, controls, seed, room, 15, BLOCK=512)
     assert bool(room[:15].isfinite().all()) and bool(room[15:].isnan().all())
