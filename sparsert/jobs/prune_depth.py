@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sparsert.errors import CheckpointError, InputError
 from sparsert.jobs.calibration_job import CalibrationOptions, open_job
 from sparsert.jobs.options import REQUIRED, option
+from sparsert.jobs.prune_mask import base_name
 
 if TYPE_CHECKING:
     from sparsert.compress.depth import DepthChoice
@@ -146,11 +147,6 @@ def prune_depth(options: DepthOptions) -> DepthResult:
                 f"{output}: cannot be written ({error.strerror or error}); check permissions and free space"
             ) from error
     return DepthResult(output, choice, perplexity, total_bytes)
-
-
-def base_name(model: str, directory: Path) -> str:
-    """How a record calls a base model: a path of this machine means nothing to the next reader, its last part may."""
-    return directory.resolve().name if Path(model).expanduser().exists() else model
 
 
 def _write_choice(

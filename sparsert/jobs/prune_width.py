@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsert.errors import CheckpointError, InputError
 from sparsert.jobs.calibration_job import CalibrationJob, open_job
-from sparsert.jobs.prune_depth import base_name
+from sparsert.jobs.prune_mask import base_name
 from sparsert.jobs.width_options import WidthOptions
 
 if TYPE_CHECKING:

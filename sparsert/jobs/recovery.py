@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsert.errors import UnsupportedError
+from sparsert.errors import InputError, UnsupportedError
 from sparsert.jobs.options import to_record
 from sparsert.jobs.recovery_options import DistillOptions, FinetuneOptions
 
@@ -68,8 +68,11 @@ class RecoveryResult:
         )
 
 
-def recover(options: FinetuneOptions) -> RecoveryResult:
+def recover(options: FinetuneOptions) -> RecoveryResult | None:
     """Run the job: distillation if the options are :class:`DistillOptions`, else finetuning.
+
+    Returns:
+        What was made; None in all but the first of several processes.
 
     Raises:
         SparsertError: what the options ask for cannot be done, the loss is no number, or the disk is full.
@@ -85,17 +88,23 @@ def recover(options: FinetuneOptions) -> RecoveryResult:
     from sparsert.jobs.write_models import write_trained
     from sparsert.models import resolve_device
 
+    if options.dtype == "float16":
+        raise InputError("--dtype float16: small gradients vanish in it; train in bfloat16 or float32")
+    if options.recompute and options.train == "lora" and options.dropout:
+        raise InputError("--recompute would draw another dropout in the backward pass; leave it out, or --dropout")
     output = Path(options.output).expanduser()
     check_output(output)
     processes = Processes(resolve_device(options.device))
     source = open_dense(options.model)
     check_window(options.window, source)
-    ids_only = all(path.endswith(".npy") for path in (*options.text, *options.eval_text)) and not options.bos
+    ids_only = all(path.endswith(".npy") for path in (*options.text, *options.evaluate_text)) and not options.bos
     tokenizer = None if ids_only else load_tokenizer(source)
     windows = load_windows(options, tokenizer, vocabulary=source.config.get("vocab_size"))
     held_out = _held_out(options, tokenizer, source)
     identity: dict[str, Any] = {
+        "job": "distill" if isinstance(options, DistillOptions) else "finetune",
         "options": to_record(options),
+        "processes": processes.count,
         "text_fingerprint": windows.fingerprint(),
         "model_fingerprint": checkpoint_fingerprint(source),
     }
@@ -147,6 +156,8 @@ def recover(options: FinetuneOptions) -> RecoveryResult:
             )
         run.finish()
     processes.wait()
+    if not processes.is_first:
+        return None
     perplexity = None if before is None or after is None else (before, after)
     return RecoveryResult(output, options.steps, tokens, student.masked, perplexity, total_bytes)
 
@@ -165,6 +176,7 @@ class _Student:
     def __init__(self, model: nn.Module, source: Checkpoint, options: FinetuneOptions, teacher: Anatomy | None) -> None:
         from sparsert.compress.anatomy import anatomy_of
         from sparsert.compress.keep_zeros import ZeroKeeper, masks_of
+        from sparsert.compress.mask_learning import recompute_blocks_
 
         self.anatomy = anatomy_of(model)
         self.after_update: Callable[[], None] | None = None
@@ -183,8 +195,7 @@ class _Student:
                 self.after_update = keeper.apply_
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if options.recompute:
-            recomputing: Any = model
-            recomputing.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_blocks_(self.anatomy)
         distillation = None if teacher is None else _distillation(self.anatomy, teacher, source, options)
         if distillation is not None and distillation.projection is not None:
             self.parameters.append(distillation.projection)
@@ -242,16 +253,16 @@ def _kept_blocks(source: Checkpoint, student_blocks: int, teacher_blocks: int) -
 
 def _held_out(options: FinetuneOptions, tokenizer: Any, source: Checkpoint) -> Tensor | None:
     """The evaluation text's first windows, in its order, as published perplexities are measured."""
-    if not options.eval_text:
+    if not options.evaluate_text:
         return None
     import torch
 
     from sparsert.jobs.text_files import load_windows
 
     text: TextWindows = load_windows(
-        dataclasses.replace(options, text=options.eval_text), tokenizer, vocabulary=source.config.get("vocab_size")
+        dataclasses.replace(options, text=options.evaluate_text), tokenizer, vocabulary=source.config.get("vocab_size")
     )
-    return torch.stack([text[index] for index in range(min(len(text), options.eval_windows))])
+    return torch.stack([text[index] for index in range(min(len(text), options.evaluate_windows))])
 
 
 def _import_lora() -> Any:

@@ -1,11 +1,15 @@
-"""Options of ``sparsert finetune`` and ``sparsert distill``."""
+"""Options of ``sparsert finetune`` and ``sparsert distill``, and the two commands."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from sparsert.jobs.options import REQUIRED, option
 from sparsert.jobs.training_options import TrainingJobOptions
+
+if TYPE_CHECKING:
+    from sparsert.jobs.recovery import RecoveryResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +29,8 @@ class FinetuneOptions(TrainingJobOptions):
     recompute: bool = option(
         False, "compute a block's activations again in the backward pass: less memory, a third slower"
     )
-    eval_text: tuple[str, ...] = option((), "text files whose perplexity is measured by the way", metavar="FILE")
-    eval_windows: int = option(64, "windows of it that are read")
+    evaluate_text: tuple[str, ...] = option((), "text files whose perplexity is measured by the way", metavar="FILE")
+    evaluate_windows: int = option(64, "windows of it that are read")
     evaluate_every: int = option(0, "updates from one measurement to the next; 0: only at the end")
     learning_rate: float = option(1e-4, "highest learning rate")
     warmup_steps: int = option(20, "updates in which the learning rate rises from 0")
@@ -56,3 +60,17 @@ class DistillOptions(FinetuneOptions):
     state_weight: float | None = option(
         None, "weight of the states (default: makes them as large as the difference of logits)"
     )
+
+
+def finetune(options: FinetuneOptions) -> RecoveryResult | None:
+    """Train on text alone, see :func:`sparsert.jobs.recovery.recover`."""
+    from sparsert.jobs.recovery import recover
+
+    return recover(options)
+
+
+def distill(options: DistillOptions) -> RecoveryResult | None:
+    """Train beside a teacher, see :func:`sparsert.jobs.recovery.recover`."""
+    from sparsert.jobs.recovery import recover
+
+    return recover(options)
