@@ -5,7 +5,8 @@ A :class:`Widths` says how wide every block is to be; a :class:`Selection` which
 - channels: the best of the whole model, the same in every block, because the residual stream is one;
 - neurons: the best of each block;
 - heads: groups of query heads share a key and value head, and every group keeps as many query heads as the others, or
-  no attention kernel would read them. First the groups with the largest sum of scores, then in each its best heads.
+  no attention kernel would read them. First the groups with the largest sum of scores, then in each the heads that
+  contribute most to the residual stream (:mod:`sparsert.compress.width_scores` says why these two differ).
 
 Kept units stay in their order, so a model trimmed to its own size is the same model. Sizes are rounded to multiples of
 64, which packed 2:4 weights and tensor cores want, unless told otherwise.
@@ -164,7 +165,8 @@ def select_units(scores: WidthScores, whole: Widths, target: Widths) -> Selectio
     """
     groups = scores.heads.unflatten(1, (whole.kv_heads, whole.group))  # [blocks, kv heads, group]
     kv_heads = _best(groups.sum(-1), target.kv_heads)
-    kept = groups.gather(1, kv_heads[..., None].expand(-1, -1, whole.group))
+    inside_groups = scores.contributions.unflatten(1, (whole.kv_heads, whole.group))
+    kept = inside_groups.gather(1, kv_heads[..., None].expand(-1, -1, whole.group))
     inside = _best(kept, target.group)  # [blocks, kv heads that stay, query heads of each that stay]
     heads = (kv_heads[..., None] * whole.group + inside).flatten(1)
     return Selection(_best(scores.channels, target.hidden), _best(scores.neurons, target.intermediate), heads, kv_heads)

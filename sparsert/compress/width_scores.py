@@ -1,6 +1,7 @@
 """Importance of heads, neurons and embedding channels: how large their activations are on calibration text.
 
-    query head i of a block   |o_i| of what head i gives to the output projection        one score a block and head
+    query head i of a block   |o_i|, o_i: what head i gives to the output projection     one score a block and head
+    ... its contribution      |W_o o_i|, what it adds to the residual stream             likewise
     neuron i of a block       what neuron i gives to the down projection                 one score a block and neuron
     embedding channel i       what every norm of the blocks gives in channel i           one score for the whole model,
                                                                                          summed over the norms
@@ -12,6 +13,11 @@ and unit, in float32 on the model's device: for a model of 7 billion and windows
 
 Neurons are scored by what enters the down projection, behind activation and gate. The paper takes the rows of the first
 layer before the activation; its models have no gate, and of a gated layer neither factor alone says what it passes on.
+
+The contribution is not the paper's. It serves one choice only: which query heads of a group stay where groups get
+smaller, for which |o_i| is no better than chance. SmolLM2-135M, perplexity 25 before, without training: two of every
+three query heads kept by |o_i| 579, by contribution 132, at random 241 to 764. Whole groups and neurons are chosen
+better by plain activations (two of three groups: 63 against 108; 1280 of 1536 neurons: 40 against 49).
 
 Source: Muralidharan et al. (arXiv 2407.14679), section 2.2 and table 13.
 """
@@ -43,12 +49,13 @@ class WidthScores:
     """Importance of what can be trimmed; larger is needed more. All float64 on the CPU.
 
     Attributes:
-        heads: ``[blocks, query heads]``.
+        heads, contributions: ``[blocks, query heads]``.
         neurons: ``[blocks, intermediate]``.
         channels: ``[hidden]``.
     """
 
     heads: Tensor
+    contributions: Tensor
     neurons: Tensor
     channels: Tensor
 
@@ -89,10 +96,18 @@ def score_widths(
     def gather(key: tuple[str, int], values: Tensor) -> None:
         gathered.setdefault(key, _Gathered(over_windows)).add(values)
 
-    def input_hook(key: tuple[str, int], width: int | None) -> Callable[..., None]:
+    def neuron_hook(block: int) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            values = arguments[0].float()
-            gather(key, values if width is None else values.unflatten(-1, (-1, width)).norm(dim=-1))
+            gather(("neurons", block), arguments[0].float())
+
+        return hook
+
+    def head_hook(block: int, gram: Tensor) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            heads = arguments[0].float().unflatten(-1, (-1, head_dim))
+            gather(("heads", block), heads.norm(dim=-1))
+            squares = (torch.einsum("bshd,hde->bshe", heads, gram) * heads).sum(-1)
+            gather(("contributions", block), squares.clamp_min(0.0).sqrt())
 
         return hook
 
@@ -104,8 +119,9 @@ def score_widths(
 
     for index, block in enumerate(anatomy.blocks):
         parts: Any = block
-        handles.append(parts.self_attn.o_proj.register_forward_pre_hook(input_hook(("heads", index), head_dim)))
-        handles.append(parts.mlp.down_proj.register_forward_pre_hook(input_hook(("neurons", index), None)))
+        output = parts.self_attn.o_proj
+        handles.append(output.register_forward_pre_hook(head_hook(index, _gram(output.weight, head_dim))))
+        handles.append(parts.mlp.down_proj.register_forward_pre_hook(neuron_hook(index)))
         for number, name in enumerate(_INPUT_NORMS[hasattr(block, "pre_feedforward_layernorm")]):
             norm = getattr(block, name)
             handles.append(norm.register_forward_hook(output_hook(("channels", 2 * index + number))))
@@ -124,9 +140,13 @@ def score_widths(
             handle.remove()
     scores = {key: aggregate(found.over_windows(), over_positions).double().cpu() for key, found in gathered.items()}
     blocks = range(anatomy.num_blocks)
+    heads, contributions, neurons = (
+        torch.stack([scores[kind, block] for block in blocks]) for kind in ("heads", "contributions", "neurons")
+    )
     result = WidthScores(
-        torch.stack([scores["heads", block] for block in blocks]),
-        torch.stack([scores["neurons", block] for block in blocks]),
+        heads,
+        contributions,
+        neurons,
         torch.stack([scores["channels", norm] for norm in range(2 * anatomy.num_blocks)]).sum(0),
     )
     for name, values in dataclasses.asdict(result).items():
@@ -148,6 +168,12 @@ def aggregate(values: Tensor, how: str) -> Tensor:
     if how == "l2":
         return values.norm(dim=0)
     return values.var(0, correction=0)
+
+
+def _gram(weight: Tensor, head_dim: int) -> Tensor:
+    """``W_i^T W_i`` of each head's columns ``W_i`` of an output projection: float32 ``[heads, head_dim, head_dim]``."""
+    columns = weight.detach().float().unflatten(1, (-1, head_dim))  # [hidden, heads, head_dim]
+    return torch.einsum("ohd,ohe->hde", columns, columns)
 
 
 class _Gathered:

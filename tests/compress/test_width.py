@@ -36,6 +36,7 @@ def _tokens(rows: int = 4, length: int = 13) -> Tensor:
 def _random_scores(whole: Widths, blocks: int = 3) -> WidthScores:
     return WidthScores(
         torch.rand(blocks, whole.heads).double(),
+        torch.rand(blocks, whole.heads).double(),
         torch.rand(blocks, whole.intermediate).double(),
         torch.rand(whole.hidden).double(),
     )
@@ -82,6 +83,12 @@ def test_scores_follow_the_formulae(variant: str, aggregations: tuple[str, str])
     for index in range(3):
         heads = seen[f"heads{index}"].unflatten(-1, (-1, 24)).double().norm(dim=-1)
         torch.testing.assert_close(scores.heads[index], _aggregated(heads, *aggregations), rtol=1e-3, atol=1e-7)
+        output = model.model.layers[index].self_attn.o_proj.weight.double()
+        added = torch.einsum(
+            "bshd,ohd->bsho", seen[f"heads{index}"].unflatten(-1, (-1, 24)).double(), output.unflatten(1, (-1, 24))
+        )
+        contributions = _aggregated(added.norm(dim=-1), *aggregations)
+        torch.testing.assert_close(scores.contributions[index], contributions, rtol=1e-3, atol=1e-7)
         neurons = _aggregated(seen[f"neurons{index}"], *aggregations)
         torch.testing.assert_close(scores.neurons[index], neurons, rtol=1e-3, atol=1e-7)
         channels += sum(
@@ -94,6 +101,7 @@ def test_units_are_chosen_by_rank_and_stay_in_order() -> None:
     whole = Widths(6, 5, 6, 3, 8)
     scores = WidthScores(
         torch.tensor([[1.0, 2.0, 9.0, 0.5, 4.0, 5.0]]).double(),  # groups: 3.0, 9.5, 9.0
+        torch.tensor([[9.0, 9.0, 1.0, 2.0, 7.0, 3.0]]).double(),  # choose inside of them
         torch.tensor([[3.0, 1.0, 2.0, 5.0, 4.0]]).double(),
         torch.tensor([1.0, 6.0, 2.0, 5.0, 3.0, 4.0]).double(),
     )
@@ -101,8 +109,8 @@ def test_units_are_chosen_by_rank_and_stay_in_order() -> None:
     assert selection.channels.tolist() == [1, 3, 5]
     assert selection.neurons.tolist() == [[3, 4]]
     assert selection.kv_heads.tolist() == [[1, 2]]
-    assert selection.heads.tolist() == [[2, 5]]
-    share = ((9 + 5) / 21.5) * (9 / 15) * (15 / 21)
+    assert selection.heads.tolist() == [[3, 4]]
+    share = ((0.5 + 4) / 21.5) * (9 / 15) * (15 / 21)
     assert retained_importance(scores, selection) == pytest.approx(share)
     everything = select_units(scores, whole, whole)
     assert everything.heads.tolist() == [[0, 1, 2, 3, 4, 5]] and everything.channels.tolist() == [0, 1, 2, 3, 4, 5]
