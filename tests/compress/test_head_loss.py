@@ -47,6 +47,27 @@ def test_gradients_do_not_depend_on_the_chunks(rows_at_once: int) -> None:
         torch.testing.assert_close(parameter.grad, expected[name] * 3, rtol=1e-4, atol=1e-7)
 
 
+def test_autocast_computes_in_16_bits_and_sums_in_32() -> None:
+    model = make_llama().requires_grad_(True)
+    anatomy = anatomy_of(model)
+    tokens = _tokens(4, 33)
+    hidden = anatomy.hidden(tokens).detach().requires_grad_(True)
+    label_loss(anatomy, hidden, tokens).backward()
+    weight = anatomy.head.weight
+    expected = [hidden.grad.clone(), weight.grad.clone()]
+    hidden.grad = weight.grad = None
+    seen: list[torch.dtype] = []
+    plain = functional.linear
+
+    with torch.autocast("cpu", torch.bfloat16), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "linear", lambda x, w: seen.append(w.dtype) or plain(x, w))
+        label_loss(anatomy, hidden, tokens, logit_bytes=4 * 211 * 16).backward()
+    assert seen == [torch.bfloat16] * 8
+    for gradient, exact in zip((hidden.grad, weight.grad), expected, strict=True):
+        assert gradient is not None and gradient.dtype == torch.float32
+        assert float((gradient - exact).norm() / exact.norm()) < 0.02
+
+
 def test_a_frozen_head_gets_no_gradient() -> None:
     anatomy = anatomy_of(make_llama())
     hidden = torch.randn(11, 96, requires_grad=True)
