@@ -1,4 +1,4 @@
-"""Mask makers: functions that choose what a weight keeps. They return masks and never save."""
+"""Algorithms on plain transformers models: masks, training. They return and never write files."""
 
 from sparsert.compress.magnitude import magnitude_mask
 

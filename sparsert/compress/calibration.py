@@ -59,7 +59,8 @@ class CalibrationStates:
         for batch in tokens.split(batch_size):
             states, given = _record(anatomy, batch.to(home.device))
             self._states.append(states.to(self._storage))
-            self._given.setdefault(len(batch), _moved(given, device))
+            if len(batch) not in self._given:
+                self._given[len(batch)] = _moved(given, device, {})
 
     @torch.no_grad()
     def run(self, index: int, *, keep: bool) -> None:
@@ -137,12 +138,14 @@ def _record(anatomy: Anatomy, tokens: Tensor) -> tuple[Tensor, list[dict[str, An
     return first[0], given
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """The same with every tensor on a device."""
+def _moved(value: Any, device: torch.device, done: dict[int, Tensor]) -> Any:
+    """The same with every tensor on a device; what all blocks are given, such as a mask, is moved once."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        if id(value) not in done:
+            done[id(value)] = value.to(device)
+        return done[id(value)]
     if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
+        return {key: _moved(item, device, done) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_moved(item, device) for item in value)
+        return type(value)(_moved(item, device, done) for item in value)
     return value

@@ -25,10 +25,16 @@ class Processes:
         count: how many there are.
         index: which of them this is.
         device: the GPU of this process, or the CPU.
+
+    Args:
+        device: where a process that is alone works, default a GPU if there is one; of several each takes its own GPU,
+            unless this is the CPU.
+
+    Raises:
+        UnsupportedError: several processes, and accelerate is not installed.
     """
 
     def __init__(self, device: str | torch.device | None = None) -> None:
-        """Args: device: where a process that is alone works; default a GPU if there is one."""
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self.index = 0
         if self.count == 1:

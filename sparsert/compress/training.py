@@ -131,7 +131,7 @@ class LossFunction(Protocol):
     """Tokens to a loss."""
 
     def __call__(self, tokens: Tensor, position: Position) -> Tensor:
-        """Args: tokens: int64 ``[windows, window]`` on the device. Returns the mean loss of a token, a scalar."""
+        """Mean loss of a token, a scalar, of ``tokens``: int64 ``[windows, window]`` on the device."""
 
 
 @dataclasses.dataclass(frozen=True)

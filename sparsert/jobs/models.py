@@ -53,15 +53,21 @@ def load_model(
         CheckpointError: transformers cannot make a model of it.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     if dtype is None and torch.device(device).type == "cpu":
         dtype = "float32"
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it does not ask whether standard error is a terminal
     try:
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.directory, dtype="auto" if dtype is None else getattr(torch, dtype), local_files_only=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(f"{checkpoint.directory}: transformers cannot load it ({first_line(error)})") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     model.config.use_cache = False
     loaded: torch.nn.Module = model.eval().requires_grad_(False).to(device)
     return loaded

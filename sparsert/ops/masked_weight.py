@@ -94,7 +94,7 @@ def hard_mask(logits: Tensor, shape: tuple[int, int]) -> Tensor:
     """
     # argmax promises no order among equals on a GPU
     best = logits == logits.max(dim=1, keepdim=True).values
-    first = best.to(torch.int8).cumsum(1).eq(1) & best
+    first = best.cumsum(1, dtype=torch.int8).eq(1) & best
     return (first.float() @ candidate_masks(logits.device)).bool().view(shape)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sparsert.compress.parallel import Processes
 from sparsert.compress.text import TextWindows
 from sparsert.compress.training import Position, Trainer, TrainingOptions
 from sparsert.errors import CheckpointError, InputError, TrainingError
@@ -148,6 +149,10 @@ def test_what_is_refused() -> None:
             make(model, **changes)
     with pytest.raises(InputError, match="there is nothing to train"):
         Trainer([], model.loss, text(), TrainingOptions(steps=1))
+    processes = Processes("cpu")
+    processes.count = 4
+    with pytest.raises(InputError, match="batch_size is 6, no multiple of the 4 processes"):
+        Trainer([model.table], model.loss, text(), TrainingOptions(steps=1, batch_size=6), processes=processes)
     state = make(model).state_dict()
     other = Trainer([nn.Parameter(torch.zeros(3))], model.loss, text(), TrainingOptions(steps=1))
     with pytest.raises(CheckpointError, match="the training state holds 1 tensors"):
