@@ -47,6 +47,7 @@ def draw(sensitivity: Sensitivity, path: Path) -> None:
     for axes in (blocks_axes, masks_axes):
         # the first block costs a thousand times what one in the middle does
         axes.set_yscale("symlog", linthresh=0.01)
+        axes.set_axisbelow(True)
         axes.set_ylabel("nats a token")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#dde1e7", linewidth=0.8)

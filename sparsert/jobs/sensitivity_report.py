@@ -245,14 +245,14 @@ def _table(sensitivity: Sensitivity, method: str) -> list[str]:
 def _plan_lines(result: ReportResult) -> list[str]:
     unit = "MB" if result.unit == "bytes" else "us"
     scale = 1e-6 if result.unit == "bytes" else 1.0
-    lines = [f"plans that save {result.wanted * scale:.1f} {unit}, before any recovery:"]
+    lines = [f"plans that save {result.wanted * scale:.2f} {unit}, before any recovery:"]
     for plan in result.plans:
         if plan.suggestion is None or plan.loss is None:
             lines.append(f"  {plan.kind:>6}: {plan.reason}")
             continue
         suggestion, increase = plan.suggestion, plan.loss - result.sensitivity.loss
         lines.append(
-            f"  {plan.kind:>6}: saves {suggestion.saved * scale:.1f} {unit}, loss {increase:+.4f} "
+            f"  {plan.kind:>6}: saves {suggestion.saved * scale:.2f} {unit}, loss {increase:+.4f} "
             f"measured ({suggestion.expected_increase:+.4f} as a sum), perplexity {math.exp(plan.loss):.2f}; "
             f"{suggestion.plan}, {len(suggestion.masked)} layers 2:4"
         )
