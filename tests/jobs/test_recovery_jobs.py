@@ -39,6 +39,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = open_checkpoint(place / "teacher")
     plan = LayerPlan.remove(BLOCKS, [4, 5])
     prune_checkpoint(source, place / "short", method="none", mask_maker=None, base_model="teacher", plan=plan)
+    save_tokenizer(place / "narrow")
+    save(make_llama(vocab_size=vocabulary, **{**SIZES, "hidden_size": 24, "num_hidden_layers": 3}), place / "narrow")
     save_tokenizer(place / "sparse")
     magnitude_prune_(model)
     save(model, place / "sparse")
@@ -112,13 +114,14 @@ class Killed(BaseException):
         {"train": "lora", "dropout": 0.3},
         {"dtype": "bfloat16", "optimizer_state": "bfloat16", "states": True, "embedding": True, "micro_batch": 2},
         {"recompute": True},
+        {"model": "narrow", "states": True, "embedding": True, "optimizer_state": "int8"},
     ],
-    ids=["full", "lora with dropout", "bfloat16, states", "recompute"],
+    ids=["full", "lora with dropout", "bfloat16, states", "recompute", "projection, int8"],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    changes = {"model": str(models / "short"), **changes}
+    changes = {**changes, "model": str(models / changes.get("model", "short"))}
     distill(_options(DistillOptions, models, tmp_path / "whole", **changes))
     step = Trainer.train_step
 
@@ -137,7 +140,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     distill(_options(DistillOptions, models, tmp_path / "again", resume=True, **changes))
     whole, again = _weights(tmp_path / "whole"), _weights(tmp_path / "again")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    start = _weights(models / "short")
+    start = _weights(Path(changes["model"]))
     assert not all(torch.equal(whole[name], start[name]) for name in whole)
 
 
