@@ -67,6 +67,20 @@ def trimmed_config(config: Any, target: Widths) -> Any:
     return made
 
 
+def check_unmasked(anatomy: Anatomy) -> None:
+    """Refuse a model whose weights are 2:4.
+
+    Raises:
+        InputError: naming the first such weight.
+    """
+    masked = [name for name, linear in anatomy.block_linears().items() if is_24(linear.weight.detach())]
+    if masked:
+        raise InputError(
+            f"{len(masked)} weights are 2:4 already, the first {masked[0]}; cutting columns would break their "
+            f"groups of four. Prune width first, and make masks for the result"
+        )
+
+
 def trim_model(anatomy: Anatomy, target: Widths, selection: Selection) -> nn.Module:
     """A model that keeps only some heads, neurons and channels.
 
@@ -83,12 +97,7 @@ def trim_model(anatomy: Anatomy, target: Widths, selection: Selection) -> nn.Mod
         InputError: the weights are 2:4 already.
     """
     whole = widths_of(anatomy)
-    masked = [name for name, linear in anatomy.block_linears().items() if is_24(linear.weight.detach())]
-    if masked:
-        raise InputError(
-            f"{len(masked)} weights are 2:4 already, the first {masked[0]}; cutting columns would break their "
-            f"groups of four. Prune width first, and make masks for the result"
-        )
+    check_unmasked(anatomy)
     config = trimmed_config(anatomy.config, target)
     source = dict(anatomy.model.named_parameters())
     weight = anatomy.embedding.weight

@@ -6,7 +6,8 @@ Beside the output ``NAME`` stands, while it is made, a directory ``NAME.measured
     values.jsonl   {"key": "perplexity without 7", "value": 23.4}, appended as each number is known
 
 With ``--resume`` numbers that stand there are not measured again, and only if ``run.json`` says that it is the same
-job. The directory is removed when the job has succeeded. Trainings have :mod:`sparsert.jobs.training_run` instead.
+job. The directory is removed when the job has succeeded, or has ended before there was a number. Trainings have
+:mod:`sparsert.jobs.training_run` instead.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Measurements:
     ) -> None:
         if self._file is not None:
             self._file.close()
-        if kind is None:
+        if kind is None or not self._values:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def remember(self, key: str, compute: Callable[[], float]) -> float:

@@ -86,11 +86,12 @@ def prune_width(options: WidthOptions) -> WidthResult:
     """
     from sparsert.checkpoint.work import check_output
     from sparsert.compress.score_windows import mean_loss
+    from sparsert.compress.trim import check_unmasked, trimmed_config
     from sparsert.compress.width import rounded_widths, widths_of
     from sparsert.compress.width_scores import score_widths
     from sparsert.jobs.measurements import Measurements
     from sparsert.jobs.progress import Progress
-    from sparsert.jobs.width_search import WidthSearch
+    from sparsert.jobs.width_search import WidthSearch, find_shapes, shape_of
 
     output = Path(options.output).expanduser()
     check_output(output)
@@ -101,6 +102,9 @@ def prune_width(options: WidthOptions) -> WidthResult:
     whole = widths_of(anatomy)
     sizes = {name: getattr(options, name) for name in ("hidden", "intermediate", "heads", "kv_heads")}
     target = rounded_widths(whole, **sizes, multiple=options.multiple)
+    check_unmasked(anatomy)
+    trimmed_config(anatomy.config, target)  # refuses sizes that no model of this family has
+    shapes = None if budget is None else find_shapes(anatomy, options, budget)
     measured_on = job.windows if job.held_out is None else job.held_out
     with Measurements(output, job.identity, resume=options.resume) as measurements:
         before = measurements.remember("loss", lambda: mean_loss(anatomy, measured_on, batch_size=options.batch_size))
@@ -114,10 +118,10 @@ def prune_width(options: WidthOptions) -> WidthResult:
                 progress=lambda done, of: progress.advance(),
             )
         search = WidthSearch(options, job, scores, measurements)
-        shape = search.shape_of(target)
+        shape = shape_of(anatomy, target)
         tried: tuple[Tried, ...] = ()
-        if budget is not None:
-            tried = search.run(budget)
+        if budget is not None and shapes is not None:
+            tried = search.run(shapes, budget)
             shape = tried[0].shape
             after = tried[0].loss
         else:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sparsert.errors import InputError
+from sparsert.errors import InputError, UnsupportedError
 from sparsert.jobs.calibration_job import CalibrationJob
 from sparsert.jobs.width_options import WidthOptions
 
@@ -36,6 +37,48 @@ class Tried:
     loss: float
 
 
+def shape_of(anatomy: Anatomy, widths: Widths) -> ModelShape:
+    """A whole model with other widths."""
+    from sparsert.compress.architecture_search import ModelShape
+
+    block: Any = anatomy.blocks[0]
+    gated = hasattr(block.mlp, "gate_proj") or hasattr(block.mlp, "gate_up_proj")
+    return ModelShape(widths, anatomy.num_blocks, anatomy.embedding.num_embeddings, anatomy.tied, gated)
+
+
+def find_shapes(anatomy: Anatomy, options: WidthOptions, budget: Budget) -> list[ModelShape]:
+    """Architectures within a budget that transformers has and that keep the guarded blocks.
+
+    Raises:
+        InputError: there is none.
+    """
+    from sparsert.compress.architecture_search import SearchLimits, find_candidates
+    from sparsert.compress.trim import trimmed_config
+    from sparsert.compress.width import widths_of
+    from sparsert.schedule import guarded_blocks
+
+    possible: dict[tuple[int, int, int], bool] = {}
+
+    def accept(widths: Widths) -> bool:
+        # what transformers accepts follows from hidden size and heads; to ask it takes a millisecond
+        key = widths.hidden, widths.heads, widths.kv_heads
+        if key not in possible:
+            try:
+                trimmed_config(anatomy.config, widths)
+                possible[key] = True
+            except UnsupportedError:
+                possible[key] = False
+        return possible[key]
+
+    limits = SearchLimits(options.most_width, options.most_depth, options.multiple)
+    found = find_candidates(shape_of(anatomy, widths_of(anatomy)), budget, limits, accept=accept)
+    fewest = len(guarded_blocks(anatomy.num_blocks))
+    kept = [shape for shape in found if shape.blocks in (anatomy.num_blocks, *range(fewest, anatomy.num_blocks))]
+    if not kept:
+        raise InputError("every architecture within the budget lacks blocks that are guarded; allow more width to go")
+    return kept
+
+
 class WidthSearch:
     """Candidates of a model: made, measured, compared.
 
@@ -62,15 +105,6 @@ class WidthSearch:
             guarded = guarded_blocks(job.anatomy.num_blocks)
             self._order = [block for block in removal_order(influence) if block not in guarded]
 
-    def shape_of(self, widths: Widths) -> ModelShape:
-        """The whole model with other widths."""
-        from sparsert.compress.architecture_search import ModelShape
-
-        anatomy = self._job.anatomy
-        block: Any = anatomy.blocks[0]
-        gated = hasattr(block.mlp, "gate_proj") or hasattr(block.mlp, "gate_up_proj")
-        return ModelShape(widths, anatomy.num_blocks, anatomy.embedding.num_embeddings, anatomy.tied, gated)
-
     def removed(self, shape: ModelShape) -> tuple[int, ...]:
         """Blocks that a shape lacks: the least influential ones that are not guarded."""
         return tuple(sorted(self._order[: self._job.anatomy.num_blocks - shape.blocks]))
@@ -87,47 +121,19 @@ class WidthSearch:
         key = f"loss of {shape.widths}, {shape.blocks} blocks, after {steps} steps"
         return self._measurements.remember(key, lambda: self._loss(shape, steps))
 
-    def run(self, budget: Budget) -> tuple[Tried, ...]:
-        """The best candidates for a budget, best first."""
-        from sparsert.compress.architecture_search import SearchLimits, find_candidates
-        from sparsert.compress.trim import trimmed_config
+    def run(self, shapes: Sequence[ModelShape], budget: Budget) -> tuple[Tried, ...]:
+        """Measure those of some shapes that retain most importance; best first."""
         from sparsert.compress.width import retained_importance, select_units
-        from sparsert.errors import UnsupportedError
         from sparsert.jobs.progress import Progress
 
-        options, anatomy = self._options, self._job.anatomy
-        limits = SearchLimits(options.most_width, options.most_depth, options.multiple)
-
-        def accept(widths: Widths) -> bool:
-            try:
-                trimmed_config(anatomy.config, widths)
-            except UnsupportedError:
-                return False
-            return True
-
-        possible: dict[tuple[int, int], bool] = {}
-
-        def accept_once(widths: Widths) -> bool:
-            # what transformers accepts follows from hidden size and heads; a configuration takes a millisecond
-            key = widths.hidden, widths.heads
-            if key not in possible:
-                possible[key] = accept(widths)
-            return possible[key]
-
-        found = find_candidates(self.shape_of(self._whole), budget, limits, accept=accept_once)
-        most_removed = len(self._order)
-        found = [shape for shape in found if anatomy.num_blocks - shape.blocks <= most_removed]
-        if not found:
-            raise InputError(
-                "every architecture within the budget lacks blocks that are guarded; allow more width to go"
-            )
+        options, num_blocks = self._options, self._job.anatomy.num_blocks
         retained = {
             shape: retained_importance(self._scores, select_units(self._scores, self._whole, shape.widths))
             * shape.blocks
-            / anatomy.num_blocks
-            for shape in found
+            / num_blocks
+            for shape in shapes
         }
-        chosen = sorted(found, key=lambda shape: -retained[shape])[: options.top]
+        chosen = sorted(shapes, key=lambda shape: -retained[shape])[: options.top]
         tried = []
         with Progress(len(chosen), "candidates", "model") as progress:
             for shape in chosen:

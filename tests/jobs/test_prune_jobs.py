@@ -139,7 +139,7 @@ def test_depth_refuses_what_it_cannot_do(place: Path, changes: dict[str, Any], m
         changes = {**changes, "text": tuple(str(place / file) for file in changes["text"])}
     with pytest.raises(InputError, match=message):
         prune_depth(_depth(place, **changes))
-    assert not (place / "out").exists()
+    assert not (place / "out").exists() and not (place / "out.measured").exists()
 
 
 def test_a_full_disk_leaves_nothing_and_forgets_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,7 @@ def test_width_by_measured_microseconds(place: Path) -> None:
 def test_width_refuses_what_it_cannot_do(place: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         prune_width(_width(place, **changes))
-    assert not (place / "out").exists()
+    assert not (place / "out").exists() and not (place / "out.measured").exists()
 
 
 def test_width_of_a_2_4_model_is_refused(place: Path) -> None:
