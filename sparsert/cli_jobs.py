@@ -60,6 +60,88 @@ One block at a time is on the device, so 16 GB of GPU memory prune a model of 7 
         way_to_prune=True,
     ),
     Job(
+        "depth",
+        "prune_depth",
+        "DepthOptions",
+        "prune_depth",
+        "remove whole blocks, chosen by a criterion",
+        """\
+examples:
+  sparsert prune depth --model DIR --count 6 --text corpus.txt --output SHORTER
+  sparsert prune depth --model DIR --count 6 --criterion taylor --text corpus.txt --output SHORTER
+  sparsert prune depth --model DIR --count 8 --mode contiguous --text corpus.txt --output SHORTER
+  sparsert prune depth --model DIR --count 6 --criterion magnitude --plan-only --output PLAN
+
+Blocks 0-3 and the last two stay unless --force. Beside the weights stand block_order.csv, for --remove-blocks
+FILE:N of other commands, layer_plan.json and depth_scores.json. Recover with `sparsert distill`.
+""",
+        way_to_prune=True,
+    ),
+    Job(
+        "width",
+        "prune_width",
+        "WidthOptions",
+        "prune_width",
+        "trim heads, neurons and channels, to sizes or to a budget",
+        """\
+examples:
+  sparsert prune width --model DIR --intermediate 1024 --heads 6 --text corpus.txt --output NARROW
+  sparsert prune width --model DIR --parameters 100e6 --text corpus.txt --output NARROW
+  sparsert prune width --model DIR --us 300 --layer-times kernels.json --packed --search-steps 300 --text corpus.txt \\
+    --output NARROW
+
+The result is an ordinary checkpoint with other sizes. kernels.json is what `sparsert bench kernels --output` wrote
+on the GPU that counts. Make 2:4 masks after this, not before. Recover with `sparsert distill`.
+""",
+        way_to_prune=True,
+    ),
+    Job(
+        "distill",
+        "recovery_options",
+        "DistillOptions",
+        "distill",
+        "train a pruned model beside the one it was pruned from",
+        """\
+examples:
+  sparsert distill --model SHORTER --teacher DIR --text corpus.jsonl --output RECOVERED
+  sparsert distill --model SHORTER --teacher DIR --states --text corpus.jsonl --output RECOVERED
+  sparsert distill --model PRUNED --teacher DIR --train lora --rank 16 --text corpus.jsonl --output RECOVERED
+  sparsert distill --config job.toml --resume
+
+2:4 weights stay 2:4. A killed run goes on with --resume to the same result. For a model of 7 billion on one GPU:
+--dtype bfloat16 --optimizer-state bfloat16 --recompute --micro-batch 1.
+""",
+    ),
+    Job(
+        "finetune",
+        "recovery_options",
+        "FinetuneOptions",
+        "finetune",
+        "train a pruned model on text, all of it or a LoRA adapter",
+        """\
+examples:
+  sparsert finetune --model PRUNED --text corpus.jsonl --output RECOVERED
+  sparsert finetune --model PRUNED --train lora --targets q_proj v_proj --text corpus.jsonl --output RECOVERED
+
+2:4 weights stay 2:4; an adapter is trained and merged under the masks.
+""",
+    ),
+    Job(
+        "report",
+        "sensitivity_report",
+        "ReportOptions",
+        "report",
+        "measure what removing each block and masking each layer would cost and save",
+        """\
+examples:
+  sparsert report --model DIR --text valid.txt --output report.json
+  sparsert report --model DIR --text valid.txt --layer-times kernels.json --save-us 0.3 --output report.json
+
+Columns: increase of the loss (nats a token) without the block, what that saves, and the increase with a 2:4 mask
+on each of its layers alone. Nothing is changed.
+""",
+    ),
+    Job(
         "learn-masks",
         "learn_masks",
         "LearnMasksOptions",

@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "nn": {"errors", "formats", "ops"},
     "checkpoint": {"errors", "formats", "schedule"},
     "schedule": {"errors"},
-    "compress": {"errors", "formats", "ops"},
+    "compress": {"errors", "formats", "ops", "schedule"},
     "jobs": {"errors", "formats", "schedule", "checkpoint", "compress", "models"},
     "models": {"errors", "formats", "ops", "nn", "checkpoint", "schedule"},
     "engine": {"errors", "ops", "checkpoint", "schedule", "models"},

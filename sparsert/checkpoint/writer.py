@@ -192,7 +192,7 @@ def write_checkpoint(
                 keep_finished=checked_resume,
                 progress=progress,
             )
-            _copy_small_files(source.directory, directory)
+            copy_small_files(source.directory, directory)
             written = pruning_record(source.config) if record is None else record()
             write_json(directory / "config.json", _written_config(source, plan, form, entries, written))
     except OSError as error:
@@ -275,7 +275,8 @@ def _unchanged(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _copy_small_files(source: Path, target: Path) -> None:
+def copy_small_files(source: Path, target: Path) -> None:
+    """Copy what stands beside the weights and the configuration: tokenizer, chat template, licence."""
     for file in sorted(source.iterdir()):
         if file.is_file() and _matches(file.name, _COPIED) and not _matches(file.name, _NOT_COPIED):
             check_inside(source, file)

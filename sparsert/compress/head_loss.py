@@ -92,13 +92,17 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, anatomy: Anatomy, row_loss: RowLoss, rows: int) -> Tensor:
         total = torch.zeros((), device=hidden.device)
+        # cast once: autocast would cast anew, and keep, a copy for every chunk
+        device = hidden.device.type
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        stored = weight.detach().to(cast)
         of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         # sums over all tokens: in float32, since chunks would be lost in a 16-bit sum
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for part in _slices(hidden.shape[0], rows):
             with torch.enable_grad():
                 states = hidden[part].detach().requires_grad_(of_hidden is not None)
-                matrix = weight.detach().requires_grad_(of_weight is not None)
+                matrix = stored.detach().requires_grad_(of_weight is not None)
                 loss = row_loss(logits_of(anatomy, states, matrix), part)
             wanted = [tensor for tensor in (states, matrix) if tensor.requires_grad]
             gradients = list(torch.autograd.grad(loss, wanted))

@@ -1,6 +1,12 @@
 """Which transformer blocks of a model run: pure data, no tensors."""
 
-from sparsert.schedule.blocks import format_block_list, guarded_blocks, parse_block_list, read_block_order
+from sparsert.schedule.blocks import (
+    format_block_list,
+    guarded_blocks,
+    parse_block_list,
+    read_block_order,
+    write_order_file,
+)
 from sparsert.schedule.plan import SKIP_NAMES, Blocks, LayerPlan
 
 __all__ = [
@@ -11,4 +17,5 @@ __all__ = [
     "guarded_blocks",
     "parse_block_list",
     "read_block_order",
+    "write_order_file",
 ]

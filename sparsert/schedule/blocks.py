@@ -166,3 +166,21 @@ def read_order_file(path: str | Path) -> list[int]:
             raise InputError(f"block order {path}: {part.strip()[:40]!r} is no block number; write it like 24,26,25,10")
         order.append(int(part.strip()))
     return order
+
+
+def write_order_file(path: str | Path, order: Sequence[int]) -> None:
+    """Write an order file, which :func:`read_block_order` and other readers of the format read.
+
+    Args:
+        path: file to write; its directory exists.
+        order: block numbers, the first to remove standing first.
+
+    Raises:
+        InputError: the list is empty, or the file cannot be written.
+    """
+    if not order:
+        raise InputError(f"block order {path}: there is no block to write")
+    try:
+        Path(path).write_text(",".join(str(block) for block in order), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"block order {path}: cannot be written ({error.strerror}); give another path") from error
