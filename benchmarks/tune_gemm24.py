@@ -45,7 +45,8 @@ def candidates(configs: list[tuple[str, int, int, bool]], rows: int, batch: int)
     """(config, cluster, even) that may be the best for a layer."""
     for config, (_, outputs, tokens, split) in enumerate(configs):
         blocks = -(-rows // outputs) * -(-batch // tokens)
-        if tokens >= 2 * batch and tokens > 64 or batch > 768 and split or batch >= 2048 and tokens < 192:
+        too_wide, too_small = tokens >= max(2 * batch, 65), batch >= 2048 and tokens < 192
+        if too_wide or too_small or (split and batch > 768):
             continue
         for cluster in range(1, 9) if split else (1, 2):
             if split and cluster > 1 and blocks * cluster > BLOCKS + 8:
@@ -96,7 +97,8 @@ def table(record: dict[str, Any]) -> list[str]:
         best.setdefault(tuple(layer["shape"]), {})[layer["batch"]] = layer["best"][0][1]
     lines = [
         "// Measured best config, cluster and whether its work is dealt out evenly, for each batch of kGemmBatches",
-        f"// Written by benchmarks/tune_gemm24.py; measured on one {record['machine']['gpu']}, bf16, weights rotated past L2.",
+        "// Written by benchmarks/tune_gemm24.py; measured on one "
+        f"{record['machine']['gpu']}, bf16, weights rotated past L2.",
         "// {N, K, {{config, cluster, even}, ...}}",
     ]
     for (rows, columns), choices in sorted(best.items()):

@@ -96,8 +96,8 @@ def _wgmma_sp_linear(
         size = extension.gemm24_workspace(batch, rows, width)
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
         extension.gemm24_cuda(
-            values.data_ptr(), metadata.data_ptr(), x.data_ptr(), native.address(bias), y.data_ptr(), batch, rows, width,
-            x.stride(0), kind, gated, native.address(workspace), dtype_code(x.dtype), native.stream(x.device),
+            values.data_ptr(), metadata.data_ptr(), x.data_ptr(), native.address(bias), y.data_ptr(), batch, rows,
+            width, x.stride(0), kind, gated, native.address(workspace), dtype_code(x.dtype), native.stream(x.device),
         )  # fmt: skip
     return y
 
@@ -236,8 +236,8 @@ def linear24_open(
 ) -> Tensor | Tiled:
     """A packed linear layer at the start of a sub-block: perhaps a norm's division before it, an activation behind it.
 
-    On a GPU it is one kernel up to batch 16, and above that if the activation is a SiLU gate. Inference only: where a gradient is wanted, or another kernel runs the
-    layer, the parts run one after the other.
+    On a GPU it is one kernel up to batch 16, and above that if the activation is a SiLU gate. Inference only: where a
+    gradient is wanted, or another kernel runs the layer, the parts run one after the other.
 
     Args:
         x: ``[..., in_features]``, as for :func:`linear24`, in tiles, or a norm's deferred result.
@@ -293,7 +293,8 @@ def linear24_close(
     """A packed linear layer at the end of a sub-block, the residual addition, and the RMSNorm behind it.
 
     On a GPU, in bfloat16 and where ``mma_sp`` runs the layer, one kernel does all but the norm's division, which it
-    leaves to the next layer. In float16 the undivided stream could overflow, so there and elsewhere the parts run one after the other.
+    leaves to the next layer. In float16 the undivided stream could overflow, so there and elsewhere the parts run one
+    after the other.
 
     Args:
         x: ``[..., in_features]``, as for :func:`linear24`, or in tiles.

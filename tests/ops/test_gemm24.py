@@ -92,12 +92,10 @@ def test_refused_arguments() -> None:
     extension, packed = native.module(), ops.pack(random_24(32, 64, dtype=torch.bfloat16, device="cuda"))
     x = torch.zeros(64, 64, device="cuda", dtype=torch.bfloat16)
 
-    def call(
-        choice: tuple[int, int, bool], *, columns: int = 64, address: int = 0, kind: int = -1, gated: bool = False
-    ):
+    def call(choice: tuple[int, int, bool], columns: int = 64, address: int = 0, kind: int = -1, gated: bool = False):
         extension.gemm24_cuda(
-            packed.values.data_ptr(), packed.metadata.data_ptr(), x.data_ptr() + address, 0, x.data_ptr(), 32, 32, columns,
-            64, kind, gated, 0, dtype_code(x.dtype), native.stream(x.device), choice,
+            packed.values.data_ptr(), packed.metadata.data_ptr(), x.data_ptr() + address, 0, x.data_ptr(), 32, 32,
+            columns, 64, kind, gated, 0, dtype_code(x.dtype), native.stream(x.device), choice,
         )  # fmt: skip
 
     for refused in (
