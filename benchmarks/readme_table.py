@@ -11,6 +11,7 @@ holds README against the committed record with it.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,33 @@ MODELS = {"llama-2-7b": "7B", "llama-3.1-8b": "8B"}
 
 BATCHES = (1, 4, 8, 16, 32, 64)
 
+PROMPT_TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 
-def table_lines(record: dict[str, Any]) -> list[str]:
+
+def decode_cell(ours: dict[str, Any], dense: dict[str, Any]) -> str:
+    """What is said of a layer at a small batch: it is a read."""
+    return (
+        f"**{ours['speedup']:.2f}x** {ours['time_us']['median']:.1f} us, {ours['gb_per_s']:.0f} GB/s "
+        f"({ours['share_of_read']:.0%}); dense {dense['time_us']['median']:.1f}"
+    )
+
+
+def prompt_cell(ours: dict[str, Any], dense: dict[str, Any]) -> str:
+    """What is said of a layer and a prompt: it is a product."""
+    return f"**{ours['speedup']:.2f}x** {ours['tflop_per_s']:.0f}; dense {dense['tflop_per_s']:.0f}"
+
+
+def table_lines(
+    record: dict[str, Any],
+    batches: tuple[int, ...] = BATCHES,
+    cell: Callable[[dict[str, Any], dict[str, Any]], str] = decode_cell,
+) -> list[str]:
     """The table in Markdown, a line for each shape of :data:`MODELS` and a column for each batch.
 
     Args:
         record: of kind ``kernels``.
+        batches: the columns.
+        cell: text for a row of ours and the dense one beside it.
 
     Raises:
         SystemExit: a batch is missing, or was not measured, or not found right.
@@ -39,19 +61,16 @@ def table_lines(record: dict[str, Any]) -> list[str]:
             by_contender[row["contender"]][(*shape, row["batch"])] = row
             names.setdefault(shape, {})[MODELS[row["model"]]] = row["layer"].removesuffix(" fused")
     lines = [
-        f"| layer, outputs x inputs | {' | '.join(f'batch {batch}' for batch in BATCHES)} |",
-        "|---" * (1 + len(BATCHES)) + "|",
+        f"| layer, outputs x inputs | {' | '.join(f'batch {batch}' for batch in batches)} |",
+        "|---" * (1 + len(batches)) + "|",
     ]
     for shape, models in names.items():
         cells = ["; ".join(f"{model} {layer}" for model, layer in models.items()) + f": {shape[0]} x {shape[1]}"]
-        for batch in BATCHES:
+        for batch in batches:
             ours, dense = (by_contender[name].get((*shape, batch)) for name in ("ours", "dense"))
             if ours is None or dense is None or ours["speedup"] is None or ours["correct"] is not True:
                 raise SystemExit(f"{shape[0]}x{shape[1]}, batch {batch}: the record holds no checked speed-up")
-            cells.append(
-                f"**{ours['speedup']:.2f}x** {ours['time_us']['median']:.1f} us, {ours['gb_per_s']:.0f} GB/s "
-                f"({ours['share_of_read']:.0%}); dense {dense['time_us']['median']:.1f}"
-            )
+            cells.append(cell(ours, dense))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -116,7 +135,10 @@ def main() -> None:
     parser.add_argument("records", type=Path, nargs="+", help="made by sparsert bench kernels or latency, --output")
     for path in parser.parse_args().records:
         record = read_record(path)
-        print("\n".join(table_lines(record) if record["kind"] == "kernels" else decode_lines(record)))
+        if record["kind"] == "kernels":
+            print("\n".join([*table_lines(record), "", *table_lines(record, PROMPT_TOKENS, prompt_cell)]))
+        else:
+            print("\n".join(decode_lines(record)))
 
 
 if __name__ == "__main__":

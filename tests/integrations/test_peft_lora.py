@@ -196,7 +196,8 @@ def test_memory_of_training_on_a_gpu() -> None:
     layers = [nn.Linear(2048, 2048, bias=False, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
     for layer in layers:
         layer.weight.data.view(-1, 4)[:, 1:3] = 0
-    model = nn.Sequential(*layers)
+    # a norm: peft asks a model's first parameter where it is
+    model = nn.Sequential(*layers, nn.LayerNorm(2048, device="cuda", dtype=torch.bfloat16))
     del layers, layer
     sparsert.sparsify_(model)
     adapted = peft.get_peft_model(model, lora(model, target_modules="all-linear"))

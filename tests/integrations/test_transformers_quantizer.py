@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -116,7 +117,10 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda", dtype=torch.bfloat16)
     assert all(layer.values.is_cuda for layer in sparse_layers(model).values())
     ids = torch.tensor(random_prompts([6]), device="cuda")
-    torch.testing.assert_close(model(ids).logits, dense.cuda()(ids).logits, rtol=3e-2, atol=3e-2)
+    with torch.no_grad():
+        exact = copy.deepcopy(dense).double().cuda()(ids).logits
+        errors = [(found(ids).logits.double() - exact).norm().item() for found in (model, dense.cuda())]
+    assert errors[0] <= 2 * errors[1]
     static = model.generate(ids, max_new_tokens=8, do_sample=False, cache_implementation="static")  # compiles by itself
     assert static.shape == (1, 14)
 
