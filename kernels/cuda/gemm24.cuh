@@ -76,7 +76,7 @@ struct Shape {
   static constexpr int kMainBytes = kTileBytes > kSumBytes ? kTileBytes : kSumBytes;
   static constexpr int kSharedBytes = kMainBytes + 2 * Stages * 8 + 1024;  // the ring starts at a multiple of 1,024
   static_assert(kSharedBytes <= 227 * 1024);
-  static_assert(Depth == 4 || Depth == 8);
+  static_assert(Depth == 4 || Depth == 8 || Depth == 16);
 };
 
 #if SPARSERT_WGMMA
@@ -189,22 +189,27 @@ struct Products {
   }
   // Of a batch that begins with `unit`. In a full chunk a lane's words lie side by side, in what is left over the units do.
   __device__ __forceinline__ void load_metadata(int slot, int unit, int units, int lane) {
-    const int chunk = unit / kUnitsPerChunk * kUnitsPerChunk;
-    const bool full = chunk + kUnitsPerChunk <= units;
-    const int at = full ? lane * 16 + unit % kUnitsPerChunk * 4 : (unit - chunk) * kMetadataUnitBytes + lane * 4;
+    constexpr int kTogether = Depth / 2 < kUnitsPerChunk ? Depth / 2 : kUnitsPerChunk;
 #pragma unroll
-    for (int r = 0; r < RowTiles; ++r) {
-      const char* const from = metadata + (chunk + r * next_tile) * kMetadataUnitBytes + at;
-      uint32_t (&to)[Depth / 2] = e[slot][r];
-      if (!full) {
+    for (int part = 0; part < Depth / 2; part += kTogether) {
+      const int first = unit + part, chunk = first / kUnitsPerChunk * kUnitsPerChunk;
+      const bool full = chunk + kUnitsPerChunk <= units;
+      const int at = full ? lane * 16 + first % kUnitsPerChunk * 4 : (first - chunk) * kMetadataUnitBytes + lane * 4;
 #pragma unroll
-        for (int i = 0; i < Depth / 2; ++i) to[i] = ptx::load_or_zero_4(from + i * kMetadataUnitBytes, unit + i < unit_end);
-      } else if constexpr (Depth == 8) {
-        const uint4 v = ptx::load_or_zero_16(from, unit < unit_end);
-        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-      } else {
-        const uint2 v = ptx::load_or_zero_8(from, unit < unit_end);
-        to[0] = v.x, to[1] = v.y;
+      for (int r = 0; r < RowTiles; ++r) {
+        const char* const from = metadata + (chunk + r * next_tile) * kMetadataUnitBytes + at;
+        uint32_t* const to = e[slot][r] + part;
+        if (!full) {
+#pragma unroll
+          for (int i = 0; i < kTogether; ++i)
+            to[i] = ptx::load_or_zero_4(from + i * kMetadataUnitBytes, first + i < unit_end);
+        } else if constexpr (kTogether == kUnitsPerChunk) {
+          const uint4 v = ptx::load_or_zero_16(from, first < unit_end);
+          to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+        } else {
+          const uint2 v = ptx::load_or_zero_8(from, first < unit_end);
+          to[0] = v.x, to[1] = v.y;
+        }
       }
     }
   }
@@ -497,7 +502,7 @@ __device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring,
         release();
         last = place.stage;
         place.next();
-        if (u % kBatch == 0) {
+        if (slot % kBatch == 0) {
 #pragma unroll
           for (int i = 0; i < kBatch; ++i)
             products.load_values((slot + kBatch + i) % Depth, chunk * kUnitsPerChunk + u + kBatch + i);
@@ -505,11 +510,15 @@ __device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring,
         }
       }
     };
-    constexpr int kChunks = Depth > kUnitsPerChunk ? 2 : 1;  // until slots repeat
+    constexpr int kChunks = Depth / kUnitsPerChunk;  // until slots repeat
     for (int chunk = now.begin; chunk < now.end; chunk += kChunks) {
       chunk_products(Selector<0>{}, chunk);
-      if constexpr (kChunks == 2)
+      if constexpr (kChunks > 1)
         if (chunk + 1 < now.end) chunk_products(Selector<1>{}, chunk + 1);
+      if constexpr (kChunks > 2) {
+        if (chunk + 2 < now.end) chunk_products(Selector<2>{}, chunk + 2);
+        if (chunk + 3 < now.end) chunk_products(Selector<3>{}, chunk + 3);
+      }
     }
     wgmma::wait<0>();
     release();
@@ -642,9 +651,9 @@ constexpr Config kConfigs[] = {
     make_config<T, 1, 192, 8, 8, false>("128 outputs x 192 tokens"),
     make_config<T, 1, 128, 12, 8, false>("128 outputs x 128 tokens"),
     make_config<T, 2, 64, 16, 8, false>("256 outputs x 64 tokens"),
-    make_config<T, 1, 32, 16, 8, true>("128 outputs x 32 tokens, inputs split"),
-    make_config<T, 1, 64, 16, 8, true>("128 outputs x 64 tokens, inputs split"),
-    make_config<T, 1, 128, 12, 8, true>("128 outputs x 128 tokens, inputs split"),
+    make_config<T, 1, 32, 16, 16, true>("128 outputs x 32 tokens, inputs split"),
+    make_config<T, 1, 64, 16, 16, true>("128 outputs x 64 tokens, inputs split"),
+    make_config<T, 1, 128, 12, 16, true>("128 outputs x 128 tokens, inputs split"),
     make_config<T, 1, 256, 6, 8, true>("128 outputs x 256 tokens, inputs split"),
 };
 
