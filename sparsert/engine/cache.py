@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from sparsert import ops
+from sparsert.engine.prompt_chunks import PromptChunk
 from sparsert.errors import InputError
-from sparsert.models.attention import SelfAttention, causal_attention
+from sparsert.models.attention import SelfAttention
 from sparsert.models.linears import takes_tiles
+from sparsert.models.rope import RotaryEmbedding
 from sparsert.ops import AttentionShape
 
 
@@ -85,10 +87,49 @@ class KVCache:
         return part
 
 
-class PrefillAttention:
-    """Plain causal attention over the prompts, which also writes their keys and values.
+class PackedPrefillAttention:
+    """Causal attention of one chunk of packed prompts, which also writes their keys and values.
 
-    Prompts are padded on the right: no real token sees a pad, because pads come later. Keys of pads land
+    Whatever depends on lengths was computed once for the chunk; a layer's work on the host is the same for one text
+    and for sixteen, and nothing waits for the device.
+    """
+
+    def __init__(self, cache: KVCache, chunk: PromptChunk) -> None:
+        """Prepare one chunk.
+
+        Args:
+            chunk: the chunks before it have been run.
+        """
+        self._cache = cache
+        self._chunk = chunk
+        self._tables: dict[RotaryEmbedding, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor:
+        """See :class:`sparsert.models.attention.Attention`; there is one text of all tokens of the chunk."""
+        chunk = self._chunk
+        q, k, v = ops.split_heads(heads[0], *self._rotation(layer.rotary), layer.shape, layer.q_norm, layer.k_norm)
+        # [rows, length, kv_heads, head_dim], the cache's memory
+        past_keys, past_values = (kept[slot].transpose(1, 2) for kept in (self._cache.keys, self._cache.values))
+        places = (chunk.rows, chunk.positions)
+        past_keys.index_put_(places, k)
+        past_values.index_put_(places, v)
+        if chunk.past:
+            k = torch.cat([past_keys[chunk.first_row, : chunk.past], k])
+            v = torch.cat([past_values[chunk.first_row, : chunk.past], v])
+        return ops.packed_attention(q, k, v, chunk.texts, layer.shape).unsqueeze(0)
+
+    def _rotation(self, rotary: RotaryEmbedding) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines of the chunk's positions, ``[tokens, 1, rotary_dim]``; found once for all layers."""
+        if rotary not in self._tables:
+            cosine, signed_sine = rotary(self._chunk.positions.unsqueeze(0))
+            self._tables[rotary] = cosine[0], signed_sine[0]
+        return self._tables[rotary]
+
+
+class PrefillAttention:
+    """Causal attention over equally long prompts, a row of tokens each, which also writes their keys and values.
+
+    Shorter prompts may be padded on the right: no real token sees a pad, because pads come later. Keys of pads land
     in the cache behind the real ones, where decoding overwrites them before it looks at them.
     """
 
@@ -101,7 +142,7 @@ class PrefillAttention:
         q, k, v = layer.split(heads)
         self._cache.keys[slot][:batch, :, :tokens].copy_(k.transpose(1, 2))
         self._cache.values[slot][:batch, :, :tokens].copy_(v.transpose(1, 2))
-        return causal_attention(q, k, v, layer.shape)
+        return ops.causal_attention(q, k, v, layer.shape)
 
 
 class DecodeAttention:

@@ -1,4 +1,4 @@
-"""Which kernels a decode step of a loaded model runs, and what had to be passed over: for summaries and records."""
+"""Which kernels a loaded model runs, and what had to be passed over: for summaries and records."""
 
 from __future__ import annotations
 
@@ -34,15 +34,19 @@ def linear_kernel(model: DecoderModel, backend: str) -> tuple[str, list[str]]:
 def attention_kernel(
     shapes: Iterable[AttentionShape], device: torch.device, dtype: torch.dtype
 ) -> tuple[str, list[str]]:
-    """What decode attention runs on, and sentences if that is not the kernel meant for a GPU.
+    """What decode attention runs on, and sentences if that, or attention of prompts, is not what is meant for a GPU.
 
     Args:
         shapes: of the model's attention layers.
 
     Returns:
-        ``fused``, ``torch`` (its operations one by one), or both where layers differ; and why, on a GPU.
+        ``fused``, ``torch`` (its operations one by one), or both where layers differ; and on a GPU why, and why prompts
+        of a batch are attended for one by one.
     """
-    reasons = list(dict.fromkeys(ops.explain_attention(shape, device, dtype) for shape in dict.fromkeys(shapes)))
+    shapes = list(dict.fromkeys(shapes))
+    reasons = list(dict.fromkeys(ops.explain_attention(shape, device, dtype) for shape in shapes))
     names = dict.fromkeys("fused" if reason is None else "torch" for reason in reasons)
     passed_over = [f"decode attention runs on torch's operations: {reason}" for reason in reasons if reason is not None]
+    of_prompts = dict.fromkeys(ops.explain_packed_attention(shape, device, dtype) for shape in shapes)
+    passed_over += [f"attention of prompts runs text by text: {reason}" for reason in of_prompts if reason is not None]
     return " and ".join(sorted(names)), passed_over if device.type == "cuda" else []

@@ -2,10 +2,9 @@
 
 The layer knows no cache: how the new tokens see each other and earlier ones is a callable that the caller passes
 in (:class:`Attention`), so the very same forward serves a plain causal pass (:class:`CausalAttention`), prefill
-into a cache, and a decode step inside a CUDA graph.
+into a cache, and a decode step inside a CUDA graph. The arithmetic of attention is :mod:`sparsert.ops`' business.
 
-Source: Vaswani et al., "Attention Is All You Need" (2017); Ainslie et al., "GQA" (2023); Beltagy et al.,
-"Longformer" (2020) for the sliding window; Gemma Team, "Gemma 2" (2024) for the soft cap.
+Source: Vaswani et al., "Attention Is All You Need" (2017); Ainslie et al., "GQA" (2023).
 """
 
 from __future__ import annotations
@@ -13,16 +12,12 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from sparsert import ops
 from sparsert.models.config import AttentionConfig, LinearShape
 from sparsert.models.linears import LinearGroup, meta_linear
 from sparsert.models.rope import RotaryEmbedding
-
-#: Queries that are attended for at a time where a window or a soft cap needs scores or masks in memory.
-_QUERY_CHUNK = 512
 
 
 class Attention(Protocol):
@@ -47,40 +42,7 @@ class CausalAttention:
 
     def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor:
         """See :class:`Attention`."""
-        return causal_attention(*layer.split(heads), layer.shape)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, shape: ops.AttentionShape) -> Tensor:
-    """Causal attention of tokens among themselves.
-
-    Args:
-        q: ``[batch, tokens, num_heads, head_dim]``, rotated.
-        k, v: ``[batch, tokens, num_kv_heads, head_dim]``.
-        shape: scale, sliding window and soft cap.
-
-    Returns:
-        ``[batch, tokens, num_heads, head_dim]``.
-    """
-    tokens, window = q.shape[1], shape.sliding_window
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    if shape.softcap is None and (window is None or window >= tokens):
-        attended = functional.scaled_dot_product_attention(
-            q.transpose(1, 2), k, v, is_causal=True, scale=shape.scale,
-            enable_gqa=shape.num_heads != shape.num_kv_heads,
-        )  # fmt: skip
-        return attended.transpose(1, 2)
-    # some queries at a time, and the keys that any of them sees: memory grows with the chunk, work with the window
-    pieces = []
-    for begin in range(0, tokens, _QUERY_CHUNK):
-        end = min(begin + _QUERY_CHUNK, tokens)
-        first = 0 if window is None else max(0, begin - window + 1)
-        distance = torch.arange(begin, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
-        visible = distance >= 0
-        if window is not None:
-            visible &= distance < window
-        keys, values = k[:, :, first:end], v[:, :, first:end]
-        pieces.append(ops.masked_attention(q[:, begin:end], keys, values, visible.unsqueeze(0), shape))
-    return torch.cat(pieces, dim=1)
+        return ops.causal_attention(*layer.split(heads), layer.shape)
 
 
 class SelfAttention(nn.Module):

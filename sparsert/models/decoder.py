@@ -252,12 +252,13 @@ class DecoderModel(nn.Module):
             tokens: int64 ``[batch, tokens]`` on the model's device.
             attention: default plain causal attention within this call, from position 0; another one needs
                 :meth:`reserve_positions_`.
-            rows: int64 ``[batch]``: the one token of each text whose logits are wanted; default all.
+            rows: int64 ``[batch]``, or ``[batch, wanted]``: the token, or tokens, of each text whose logits are
+                wanted, perhaps none; default all. The head and what is behind the last layer see only these.
             plan: run only this part of what is resident; default all. Slots keep their numbers, so a cache
                 serves every plan.
 
         Returns:
-            ``[batch, tokens, vocabulary]``, or ``[batch, vocabulary]`` with ``rows``, in the model's dtype.
+            ``[batch, tokens, vocabulary]``; with ``rows`` its shape and the vocabulary. In the model's dtype.
 
         Raises:
             InputError: a plan for another number of blocks, or one that runs what was not loaded; layers that the
@@ -276,6 +277,8 @@ class DecoderModel(nn.Module):
                 pending, attention, stop.slot, runs_attention=stop.runs_attention, runs_mlp=stop.runs_mlp
             )
         if rows is not None:
+            if rows.numel() == 0:  # the run was for the cache
+                return x.new_empty((*rows.shape, self.config.vocab_size))
             stream = pending.stream
             pending = pending._replace(
                 x=_pick(ops.to_rows(pending.x), rows), stream=_pick(stream, rows) if stream is not None else None
@@ -332,5 +335,6 @@ def _rounded(value: float, dtype: torch.dtype) -> float:
 
 
 def _pick(x: Tensor, rows: Tensor) -> Tensor:
-    """``[batch, tokens, width]`` -> ``[batch, width]``: one token of each text."""
-    return x.gather(1, rows.view(-1, 1, 1).expand(-1, 1, x.shape[-1])).squeeze(1)
+    """``[batch, tokens, width]`` -> ``[*rows.shape, width]``: some tokens of each text, rows as in the forward."""
+    index = rows.reshape(len(rows), -1, 1).expand(-1, -1, x.shape[-1])
+    return x.gather(1, index).view(*rows.shape, -1)

@@ -15,6 +15,12 @@ from sparsert.ops.linear24 import explain, fuses24, linear24, linear24_close, li
 from sparsert.ops.masked_weight import CANDIDATES, candidate_masks, hard_mask, masked_weight
 from sparsert.ops.norm import DeferredNorm, residual_norm
 from sparsert.ops.pack import pack, pack_bitmask, pack_bitmask_unchecked, pack_if_24, refuse_bitmask, unpack
+from sparsert.ops.prompt_attention import (
+    PackedTexts,
+    causal_attention,
+    explain_packed_attention,
+    packed_attention,
+)
 from sparsert.ops.tiles import Tiled, to_rows
 
 __all__ = [
@@ -26,13 +32,16 @@ __all__ = [
     "Capability",
     "Choice",
     "DeferredNorm",
+    "PackedTexts",
     "Tiled",
     "activate",
     "candidate_masks",
+    "causal_attention",
     "decode_attention",
     "dense_linear",
     "explain",
     "explain_attention",
+    "explain_packed_attention",
     "fuses24",
     "hard_mask",
     "linear24",
@@ -44,6 +53,7 @@ __all__ = [
     "pack_bitmask",
     "pack_bitmask_unchecked",
     "pack_if_24",
+    "packed_attention",
     "refuse_bitmask",
     "residual_norm",
     "rotate",

@@ -1,5 +1,7 @@
 """Attention of one new token per text over a KV cache: head norms, rotation, append, split over the context.
 
+Prompts are the business of :mod:`sparsert.ops.prompt_attention`; both share heads and masks, which are here.
+
 The reference is written out in torch and runs everywhere. On a GPU one kernel does all of it, for the head widths
 that models have; :func:`explain_attention` says when it does not.
 """
@@ -15,6 +17,7 @@ from torch import Tensor
 from sparsert.ops import native
 from sparsert.ops.norm import residual_norm
 from sparsert.ops.pack import dtype_code
+from sparsert.ops.sdpa import scaled_dot_product
 from sparsert.ops.tiles import Tiled, empty_tiles, worth_tiling
 
 
@@ -158,9 +161,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, shape: At
     visible = visible.repeat(1, group, 1).unsqueeze(1)
     if shape.softcap is None:
         mask = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            grouped, k, v, attn_mask=mask.expand(-1, kv_heads, -1, -1), scale=shape.scale
-        )
+        attended = scaled_dot_product(grouped, k, v, mask=mask.expand(-1, kv_heads, -1, -1), scale=shape.scale)
     else:
         scores = (grouped @ k.transpose(-1, -2)).float() * shape.scale
         scores = shape.softcap * torch.tanh(scores / shape.softcap)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsert.engine.cache import DecodeAttention, KVCache, PrefillAttention, kv_bytes_per_token
+from sparsert.engine.cache import (
+    DecodeAttention,
+    KVCache,
+    PackedPrefillAttention,
+    PrefillAttention,
+    kv_bytes_per_token,
+)
+from sparsert.engine.prompt_chunks import cut_prompts
 from sparsert.models import DecoderConfig
 from sparsert.models.attention import SelfAttention
 from sparsert.models.rope import RotaryEmbedding
@@ -56,6 +67,37 @@ def test_a_part_of_the_rows_shares_memory() -> None:
     part.keys[0].fill_(1)
     assert part.batch_size == 2 and cache.batch_size == 4
     assert cache.keys[0].sum(dim=(1, 2, 3)).tolist() == [0, 2 * 8 * 8, 2 * 8 * 8, 0]
+
+
+class _CountOperations(TorchDispatchMode):
+    """Counts what torch dispatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_layer_of_a_prefill_costs_the_host_the_same_for_any_number_of_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And reads nothing back, where all texts are one launch."""
+    monkeypatch.setattr("sparsert.ops.prompt_attention._varlen", lambda: lambda q, *_, **__: torch.empty_like(q))
+    monkeypatch.setattr("sparsert.ops.prompt_attention.explain_packed_attention", lambda *_: None)
+    layer = make_layer(make_config(6, 2, 16))
+    cache = KVCache([layer.shape] * 2, batch_size=16, length=64, device=CPU, dtype=torch.float32)
+    counts = []
+    for lengths in ([48], [3] * 16):
+        (chunk,) = cut_prompts([[1] * length for length in lengths], 100, CPU)
+        attention = PackedPrefillAttention(cache, chunk)
+        heads = torch.randn(1, 48, 10, 16)
+        attention(0, heads, layer)  # the first layer finds the rotation of the chunk's positions
+        with torch.inference_mode(), _CountOperations() as counted:
+            attention(1, heads, layer)
+        counts.append(counted.counts)
+    assert counts[0] == counts[1] and counts[0].total() <= 20
+    assert not any("_local_scalar_dense" in name or "nonzero" in name for name in counts[0])
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (9, 3), (8, 2), (12, 2)])

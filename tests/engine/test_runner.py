@@ -44,6 +44,40 @@ def test_ragged_batch_equals_each_text_alone(model: DecoderModel) -> None:
         logits = runner.decode(tokens, longest)
 
 
+def test_pads_cost_nothing(model: DecoderModel) -> None:
+    """Two texts of 990 and 10 tokens are 1,000 rows of a layer, and two of the head."""
+    seen: dict[str, list[int]] = {"layer": [], "head": []}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0].shape[:-1].numel()))
+        for name, module in (("layer", model.blocks[1].self_attn.qkv_proj), ("head", model.lm_head))
+    ]
+    try:
+        Runner(model, 1000).prefill(random_prompts([990, 10]), room=1000)
+        assert seen == {"layer": [1000], "head": [2]}
+        seen["layer"].clear()
+        seen["head"].clear()
+        logits = Runner(model, 1000).prefill(random_prompts([1, 200, 40]), room=300, chunk_tokens=90)
+        assert seen == {"layer": [90, 90, 61], "head": [1, 2]}, "no head where no text ends"
+        assert logits.shape == (3, model.config.vocab_size)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 13, 40, 57])
+def test_prompts_in_chunks(model: DecoderModel, chunk_tokens: int) -> None:
+    """And decoding goes on from them, also over what a longer batch left in the cache."""
+    prompts = random_prompts([3, 40, 1, 17])
+    whole, runner = Runner(model, 1000), Runner(model, 1000)
+    runner.prefill(random_prompts([100] * 4, seed=7), room=120)
+    expected = whole.prefill(prompts, room=60)
+    logits = runner.prefill(prompts, room=60, chunk_tokens=chunk_tokens)
+    for step in range(6):
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        tokens = expected.argmax(-1)
+        expected, logits = whole.decode(tokens, 40 + step), runner.decode(tokens, 40 + step)
+
+
 def test_a_step_does_not_depend_on_the_window(model: DecoderModel) -> None:
     """The same token read through 256 and through 512 positions."""
     prompt = random_prompts([200])

@@ -22,14 +22,23 @@ def test_a_gpu_says_once_what_runs_on_torch(monkeypatch: pytest.MonkeyPatch) -> 
         return None if shape.head_dim == 64 else f"heads of {shape.head_dim}"
 
     monkeypatch.setattr(ops, "explain_attention", explain)
+    monkeypatch.setattr(ops, "explain_packed_attention", lambda shape, *_: shape.softcap and "a cap")
     narrow, wide = AttentionShape(4, 2, 64, 64, 0.125), AttentionShape(4, 2, 80, 80, 0.125)
     assert attention_kernel([narrow, narrow], GPU, torch.bfloat16) == ("fused", [])
     said = "decode attention runs on torch's operations: heads of 80"
     windowed = AttentionShape(4, 2, 80, 80, 0.125, sliding_window=7)
     assert attention_kernel([wide, windowed, wide], GPU, torch.bfloat16) == ("torch", [said])
     assert attention_kernel([narrow, wide], GPU, torch.bfloat16) == ("fused and torch", [said])
+    capped = AttentionShape(4, 2, 64, 64, 0.125, softcap=5.0)
+    assert attention_kernel([narrow, capped], GPU, torch.bfloat16) == (
+        "fused",
+        ["attention of prompts runs text by text: a cap"],
+    )
 
 
 def test_float32_on_a_gpu_is_said() -> None:
     name, said = attention_kernel([AttentionShape(4, 2, 64, 64, 0.125)], GPU, torch.float32)
     assert name == "torch" and "computes in bfloat16 and float16, not in torch.float32" in said[0]
+    assert said[1] == (
+        "attention of prompts runs text by text: flash attention computes in bfloat16 and float16, not in torch.float32"
+    )

@@ -61,6 +61,12 @@ def test_rows_picks_one_token_of_each_text(tmp_path: Path) -> None:
     picked = model(tokens, rows=rows)
     assert picked.shape == (2, VOCABULARY)
     torch.testing.assert_close(picked, model(tokens)[torch.arange(2), rows], atol=1e-6, rtol=1e-5)
+    several = torch.tensor([[4, 0, 39], [40, 40, 7]])
+    picked = model(tokens, rows=several)
+    assert picked.shape == (2, 3, VOCABULARY)
+    torch.testing.assert_close(picked, model(tokens)[torch.arange(2)[:, None], several], atol=1e-6, rtol=1e-5)
+    none = model(tokens, rows=several[:, :0])
+    assert none.shape == (2, 0, VOCABULARY) and none.dtype == picked.dtype
 
 
 @pytest.mark.parametrize("removed", [(4,), (1, 4, 5)])

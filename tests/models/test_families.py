@@ -15,6 +15,7 @@ from tiny_llama import VOCABULARY, greedy_reference, random_prompts, save
 from sparsert.bench.plain_forward import plain_logits
 from sparsert.checkpoint import open_checkpoint
 from sparsert.engine import LLM, SamplingParams
+from sparsert.engine.cache import KVCache, PrefillAttention
 from sparsert.engine.runner import Runner
 from sparsert.models import DecoderModel, load_model
 
@@ -60,6 +61,28 @@ def test_decode_of_a_ragged_batch(pair: tuple[Any, DecoderModel, Path]) -> None:
         logits = runner.decode(tokens, longest)
         for text, token in zip(texts, tokens.tolist(), strict=True):
             text.append(token)
+
+
+def test_packed_prefill_equals_padded(pair: tuple[Any, DecoderModel, Path]) -> None:
+    """Logits and the cache, whole and in chunks that split texts and hold several."""
+    _, model, _ = pair
+    texts = random_prompts(LENGTHS)
+    padded = torch.zeros(len(texts), max(LENGTHS), dtype=torch.int64)
+    for row, text in enumerate(texts):
+        padded[row, : len(text)] = torch.tensor(text)
+    model.reserve_positions_(64)
+    cache = KVCache(model.attention_shapes, len(texts), 64, model.device, model.dtype)
+    with torch.inference_mode():
+        expected = model(padded, PrefillAttention(cache), rows=torch.tensor(LENGTHS) - 1)
+    for chunk_tokens in (100, 33, 32, 20, 7, 1):
+        runner = Runner(model, 64)
+        assert_logits_close(runner.prefill(texts, room=40, chunk_tokens=chunk_tokens), expected)
+        assert runner.lengths.tolist() == LENGTHS
+        filled = runner._workspace.cache
+        for ours, theirs in zip([*filled.keys, *filled.values], [*cache.keys, *cache.values], strict=True):
+            for row, length in enumerate(LENGTHS):
+                torch.testing.assert_close(ours[row, :, :length], theirs[row, :, :length], atol=1e-5, rtol=1e-5)
+                assert not ours[row, :, length:].any(), "nothing is written behind a text"
 
 
 @pytest.mark.filterwarnings("ignore:no linear layer is 2.4")

@@ -6,19 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsert.models.attention import causal_attention
-from sparsert.ops import AttentionShape
+from sparsert.ops import AttentionShape, causal_attention
 
 
-def all_scores(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
-    """In float64, one matrix of scores a head."""
+def all_scores(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, dtype: torch.dtype = torch.float64) -> Tensor:
+    """One matrix of scores a head, all of it in one dtype."""
     group = shape.num_heads // shape.num_kv_heads
-    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = q @ k.transpose(-1, -2) * shape.scale
     if shape.softcap is not None:
         scores = shape.softcap * torch.tanh(scores / shape.softcap)
-    position = torch.arange(q.shape[2])
+    position = torch.arange(q.shape[2], device=q.device)
     distance = position[:, None] - position
     hidden = (distance < 0) | (distance >= (shape.sliding_window or q.shape[2]))
     return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(1, 2)
