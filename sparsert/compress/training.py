@@ -166,7 +166,7 @@ class Trainer:
         loss_function: see :class:`LossFunction`.
         windows: the text.
         options: how to train.
-        processes: which GPU, and whether there are others; default alone, on a GPU if there is one.
+        processes: which GPU, and whether there are others; default where the first parameter is.
         after_update: called behind every update, before the next forward; keeps masked weights at zero, for example.
 
     Raises:
@@ -197,7 +197,7 @@ class Trainer:
         self.parameters = list(parameters)
         if not self.parameters:
             raise InputError("there is nothing to train; every weight was left out")
-        self.processes = processes or Processes()
+        self.processes = processes or Processes(self.parameters[0].device)
         if options.batch_size % self.processes.count:
             raise InputError(
                 f"batch_size is {options.batch_size}, no multiple of the {self.processes.count} processes; change one"

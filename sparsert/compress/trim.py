@@ -101,7 +101,7 @@ def trim_model(anatomy: Anatomy, target: Widths, selection: Selection) -> nn.Mod
     config = trimmed_config(anatomy.config, target)
     source = dict(anatomy.model.named_parameters())
     weight = anatomy.embedding.weight
-    made = _empty_model(type(anatomy.model), config, weight.dtype)
+    made = _empty_model(type(anatomy.model), config, weight.dtype, anatomy.config._attn_implementation)
     cut = _Cut(whole, target, selection, anatomy.body_name)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
@@ -119,12 +119,15 @@ def trim_model(anatomy: Anatomy, target: Widths, selection: Selection) -> nn.Mod
     return trimmed
 
 
-def _empty_model(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
-    """A model of a configuration; its values are overwritten, so none are drawn."""
+def _empty_model(model_class: Any, config: Any, dtype: torch.dtype, attention: str) -> Any:
+    """A model of a configuration; its values are overwritten, so none are drawn.
+
+    ``attention`` is the implementation: transformers 5.17 would choose one that leaves out Gemma 2's soft caps.
+    """
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
-        model = model_class._from_config(config, dtype=dtype)
+        model = model_class._from_config(config, dtype=dtype, attn_implementation=attention)
     model.tie_weights()
     return model
 
