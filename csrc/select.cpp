@@ -51,6 +51,14 @@ std::map<std::array<int, 3>, Linear24Choice> overrides;
 
 double ratio(int a, int b) { return a > b ? double(a) / b : double(b) / a; }
 
+// The row of a table for a shape, or the nearest to it: a small ratio of outputs and of inputs.
+template <typename Row, size_t Rows>
+const Row& nearest(const Row (&table)[Rows], int N, int K) {
+  return *std::min_element(table, table + Rows, [&](const Row& a, const Row& b) {
+    return ratio(N, a.N) * ratio(K, a.K) < ratio(N, b.N) * ratio(K, b.K);
+  });
+}
+
 }  // namespace
 
 DeviceFacts current_device_facts() {
@@ -83,16 +91,7 @@ Linear24Choice select_linear24(int M, int N, int K, const DeviceFacts& device, b
     const auto found = overrides.find({N, K, static_cast<int>(std::min(batch, kTableBatches.size() - 1))});
     if (found != overrides.end()) return found->second;
   }
-  const TableRow* nearest = kTable;
-  double distance = 1e300;
-  for (const TableRow& row : kTable) {
-    const double d = ratio(N, row.N) * ratio(K, row.K);
-    if (d < distance) {
-      distance = d;
-      nearest = &row;
-    }
-  }
-  Linear24Choice choice = nearest->choices[std::min(batch, kTableBatches.size() - 1)];
+  Linear24Choice choice = nearest(kTable, N, K).choices[std::min(batch, kTableBatches.size() - 1)];
   choice.splits = std::min(choice.splits, chunks);
   // the only tile of 16 outputs also splits the inputs over eight warps; this is the next one that does
   if (gated && linear24_config_outputs(choice.config) % kPairOutputs != 0) choice = {kPairTile, 1};
@@ -103,16 +102,7 @@ Gemm24Choice select_gemm24(int M, int N, int K, const DeviceFacts& device) {
   if (N % 16 != 0)  // rows of y, or half of them behind a gate, that the copy engine cannot write
     return {kSplitConfig, 1, false};
   const size_t batch = std::lower_bound(kGemmBatches.begin(), kGemmBatches.end(), M) - kGemmBatches.begin();
-  const GemmRow* nearest = kGemmTable;
-  double distance = 1e300;
-  for (const GemmRow& row : kGemmTable) {
-    const double d = ratio(N, row.N) * ratio(K, row.K);
-    if (d < distance) {
-      distance = d;
-      nearest = &row;
-    }
-  }
-  Gemm24Choice choice = nearest->choices[std::min(batch, kGemmBatches.size() - 1)];
+  Gemm24Choice choice = nearest(kGemmTable, N, K).choices[std::min(batch, kGemmBatches.size() - 1)];
   if (gemm24_config_splits(choice.config)) {
     const int chunks = (K + kChunk - 1) / kChunk;
     choice.cluster = std::min(choice.cluster, chunks);

@@ -16,4 +16,19 @@ __device__ __forceinline__ float activation(Activation kind, float v) {
   return v;
 }
 
+__device__ __forceinline__ void activate(Activation kind, float4& v) {
+  if (kind == Activation::kNone) return;
+  v.x = activation(kind, v.x);
+  v.y = activation(kind, v.y);
+  v.z = activation(kind, v.z);
+  v.w = activation(kind, v.w);
+}
+// v times the activated gate.
+__device__ __forceinline__ void multiply_gate(Activation kind, float4& v, const float4& gate) {
+  v.x *= activation(kind, gate.x);
+  v.y *= activation(kind, gate.y);
+  v.z *= activation(kind, gate.z);
+  v.w *= activation(kind, gate.w);
+}
+
 }  // namespace sparsert

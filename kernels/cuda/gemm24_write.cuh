@@ -191,10 +191,7 @@ __device__ __forceinline__ void write_sums(const KernelArguments& p, uint32_t su
       float4 gate = total_at(token, row), total = total_at(token, row + kRowTile);
       add_bias(gate, bias, first_output + row, p.N);
       add_bias(total, bias, first_output + row + kRowTile, p.N);
-      total.x *= activation(p.activation, gate.x);
-      total.y *= activation(p.activation, gate.y);
-      total.z *= activation(p.activation, gate.z);
-      total.w *= activation(p.activation, gate.w);
+      multiply_gate(p.activation, total, gate);
       store_quad(y + int64_t(first_token + token) * (p.N / 2), first_output / 2 + quad * 4, p.N / 2, total);
     }
     return;
@@ -204,12 +201,7 @@ __device__ __forceinline__ void write_sums(const KernelArguments& p, uint32_t su
     const int token = i / kQuads, row = i % kQuads * 4;
     float4 total = total_at(token, row);
     add_bias(total, bias, first_output + row, p.N);
-    if (p.activation != Activation::kNone) {
-      total.x = activation(p.activation, total.x);
-      total.y = activation(p.activation, total.y);
-      total.z = activation(p.activation, total.z);
-      total.w = activation(p.activation, total.w);
-    }
+    activate(p.activation, total);
     store_quad(y + int64_t(first_token + token) * p.N, first_output + row, p.N, total);
   }
 }

@@ -436,12 +436,7 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
           squares[column * kQuads + i % kQuads] = close_block<T>(p, BatchTiles, column, output, total, residual);
           continue;
         }
-        if (p.activation != Activation::kNone) {
-          total.x = activation(p.activation, total.x);
-          total.y = activation(p.activation, total.y);
-          total.z = activation(p.activation, total.z);
-          total.w = activation(p.activation, total.w);
-        }
+        activate(p.activation, total);
         if (p.y_tiled)
           store_quad(y + tiled_element(BatchTiles, column, output) - output, output, p.N, total);
         else
@@ -459,10 +454,7 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
         }
         add_bias(gate, bias, output, p.N);
         add_bias(total, bias, output + kRowTile, p.N);
-        total.x *= activation(p.activation, gate.x);
-        total.y *= activation(p.activation, gate.y);
-        total.z *= activation(p.activation, gate.z);
-        total.w *= activation(p.activation, gate.w);
+        multiply_gate(p.activation, total, gate);
         const int at = row_group * S::kRows / 2 + quad * 4;
         if (p.y_tiled)
           store_quad(y + tiled_element(BatchTiles, column, at) - at, at, p.N / 2, total);
