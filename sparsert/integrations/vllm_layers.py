@@ -114,6 +114,11 @@ class PackedLinearMethod(LinearMethodBase):
         """Pack, and let go of what was loaded."""
         _refuse_offloading(layer, layer.compressed)
         compressed, bitmask = layer.compressed.data, layer.bitmask.data
+        if not bool(bitmask.any()):
+            raise CheckpointError(
+                f"{layer.prefix}: no bits of it were loaded; the checkpoint lacks them, or vLLM was told to make up "
+                "weights (--load-format dummy), which packed layers cannot run on"
+            )
         _check_values(layer, compressed)
         packed = ops.pack_bitmask(compressed, bitmask, layer.bitmask.in_features, name=layer.prefix)
         _drop(layer, *STORED)
