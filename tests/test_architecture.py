@@ -124,7 +124,7 @@ def test_import_is_light() -> None:
     """``import sparsert`` and the command line's help load neither torch's compilers, triton nor transformers."""
     code = (
         "import sys, sparsert, sparsert.cli; from sparsert.errors import SparsityError; "
-        "print([m for m in ('torch', 'triton', 'transformers', 'numpy') if m in sys.modules])"
+        "print([m for m in ('torch', 'triton', 'transformers', 'vllm', 'numpy') if m in sys.modules])"
     )
     assert _printed(code) == "[]"
 

@@ -1,6 +1,6 @@
 """Pure tensor functions between 2:4 masks, nibbles, the packed layout and other projects' layouts."""
 
-from sparsert.formats.bitmask import bitmask_from_dense, dense_from_bitmask, from_bitmask, to_bitmask
+from sparsert.formats.bitmask import bitmask_columns, bitmask_from_dense, dense_from_bitmask, from_bitmask, to_bitmask
 from sparsert.formats.cutlass import from_cutlass, to_cutlass
 from sparsert.formats.maskllm import mask_from_maskllm_bits, maskllm_bits, nibbles_from_maskllm_bits
 from sparsert.formats.nibbles import mask_to_nibbles, nibbles_to_mask
@@ -21,6 +21,7 @@ from sparsert.formats.semi_structured import from_semi_structured, to_semi_struc
 
 __all__ = [
     "Packed24",
+    "bitmask_columns",
     "bitmask_from_dense",
     "concatenate_outputs",
     "dense_from_bitmask",

@@ -185,6 +185,43 @@ def dense_from_bitmask(
     return dense.view(rows, columns).view(compressed.dtype)
 
 
+def bitmask_columns(bitmask: Tensor, begin: int, count: int) -> Tensor:
+    """The bitmask of some neighbouring columns of a weight: what one of several GPUs needs that share its inputs.
+
+    Args:
+        bitmask: uint8 ``[rows, bytes]`` of the whole weight, bits as above; they are not checked.
+        begin: first column, a multiple of 4.
+        count: how many columns, a multiple of 4.
+
+    Returns:
+        uint8 ``[rows, ceil(count / 8)]`` on the same device: a view, or a copy where bits have to move.
+
+    Raises:
+        InputError: the columns are no whole groups, or not all there.
+
+    Example:
+        >>> bitmask_columns(torch.tensor([[0x69, 0x05]], dtype=torch.uint8), 4, 8).tolist()
+        [[86]]
+    """
+    stored = 8 * bitmask.shape[1]
+    if begin % 4 or count % 4 or begin < 0 or count < 4 or begin + count > stored:
+        raise InputError(
+            f"columns {begin} to {begin + count} of a bitmask of {stored} were asked for; give whole groups of four "
+            "inside it"
+        )
+    first, nbytes = begin // 8, -(-count // 8)
+    if begin % 8 == 0:
+        part = bitmask[:, first : first + nbytes]
+    else:  # a byte is the high half of one and the low half of the next
+        part = bitmask[:, first : first + nbytes] >> 4
+        following = bitmask[:, first + 1 : first + 1 + nbytes]
+        part[:, : following.shape[1]] |= following << 4
+    if count % 8:
+        part = part.clone()
+        part[:, -1] &= 0x0F
+    return part
+
+
 def _slices(rows: int, columns: int) -> list[slice]:
     step = max(1, _SLICE_VALUES // columns)
     return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparsert.errors import InputError, SparsityError
 from sparsert.formats import (
+    bitmask_columns,
     bitmask_from_dense,
     dense_from_bitmask,
     from_bitmask,
@@ -161,3 +162,22 @@ def test_dense_weights_that_are_not_2_of_4(monkeypatch: pytest.MonkeyPatch) -> N
         bitmask_from_dense(torch.zeros(3, 18))
     with pytest.raises(InputError, match="of another format"):
         dense_from_bitmask(torch.zeros(3, 8), torch.zeros(3, 3, dtype=torch.uint8), (3, 16))
+
+
+@pytest.mark.parametrize("columns", [8, 36, 72, 140])
+@pytest.mark.parametrize("count", [4, 8, 12, 36])
+def test_columns_of_a_bitmask_are_the_bitmask_of_the_columns(columns: int, count: int) -> None:
+    weight = apply_mask(*random_weight(5, columns, torch.bfloat16, exact=True))
+    whole = bitmask_from_dense(weight)["bitmask"]
+    for begin in range(0, columns - count + 1, 4):
+        before = whole.clone()
+        part = bitmask_columns(whole, begin, count)
+        assert torch.equal(part, bitmask_from_dense(weight[:, begin : begin + count].contiguous())["bitmask"])
+        part.fill_(0) if begin % 8 else None
+        assert torch.equal(whole, before), "a copy shares nothing with the whole"
+
+
+@pytest.mark.parametrize(("begin", "count"), [(2, 4), (0, 6), (-4, 4), (4, 0), (8, 12), (20, 4)])
+def test_columns_that_are_no_groups_or_not_there(begin: int, count: int) -> None:
+    with pytest.raises(InputError, match=rf"columns {begin} to {begin + count} of a bitmask of 16 were asked for"):
+        bitmask_columns(torch.zeros((3, 2), dtype=torch.uint8), begin, count)
