@@ -3,15 +3,15 @@
 // The same packed bytes that linear24.cuh decodes from: a warp's registers and metadata words of mma.sp are also those of
 // wgmma.sp with A in registers, so outputs are the rows of the product and tokens its columns.
 //
-//   * Weights go from global memory straight into registers, several units (64 inputs) ahead: no shared memory, no
+//   * Weights go from global memory straight into registers, a batch of units (64 inputs each) ahead: no shared memory, no
 //     conversion. What the tensor cores read from shared memory are the activations, and at the sparse rate that reading
 //     alone takes all that shared memory gives (128 bytes a clock); so everything else has to keep out of it.
 //   * One warp asks the copy engine for activations, swizzled, in a ring. A cluster of two blocks with different outputs
 //     shares them: each fetches half of the tokens for both, which saves a quarter of the reads from L2.
-//   * Two warpgroups multiply. A warp holds neighbouring row tiles, so a gate and its factor, which stand in turn, meet in
-//     one thread, and the product needs no further pass.
+//   * Two warpgroups multiply. Where a warp has two row tiles, a gate and its factor, which stand in turn, meet in one
+//     thread; where it has one, two warps swap halves. Their product needs no further pass (gemm24_write.cuh).
 //   * Blocks stay for all their tiles, in an order that keeps a few weights and a few tokens in L2; while a tile is
-//     written the activations of the next one arrive. Or their work is dealt out evenly by inputs (Schedule).
+//     written the next one begins. Or the work is dealt out evenly by inputs (gemm24_schedule.cuh).
 //   * Layers with few tiles split their inputs over a cluster instead and add up through distributed shared memory, in a
 //     fixed order, as linear24.cuh does.
 //
@@ -192,14 +192,14 @@ __device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring,
         const int slot = (kBase + u) % Depth;
         ptx::barrier_wait(full + place.stage * 8, place.parity);
         const uint64_t b = wgmma::descriptor(ring + place.stage * S::kStageBytes, 0);
+        const auto& words = products.e[slot / kBatch];
         wgmma::fence();
 #pragma unroll
         for (int r = 0; r < RowTiles; ++r)
-          wgmma::multiply<Tokens, 0>(products.sum[r], products.a[slot][r][0], b, products.e[slot / kBatch][r][slot % kBatch], T{});
+          wgmma::multiply<Tokens, 0>(products.sum[r], products.a[slot][r][0], b, words[r][slot % kBatch], T{});
 #pragma unroll
         for (int r = 0; r < RowTiles; ++r)
-          wgmma::multiply<Tokens, 1>(products.sum[r], products.a[slot][r][1], b + kBlock * 2 / 16, products.e[slot / kBatch][r][slot % kBatch],
-                                     T{});
+          wgmma::multiply<Tokens, 1>(products.sum[r], products.a[slot][r][1], b + kBlock * 2 / 16, words[r][slot % kBatch], T{});
         wgmma::commit();
         wgmma::wait<1>();  // the unit before is done: its activations and registers are free
         release();
