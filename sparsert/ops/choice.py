@@ -31,6 +31,8 @@ class Capability:
     summary: str
     min_batch: int = 1
     compute_capability: tuple[int, int] | None = None  # the only one it runs on; None: any
+    few_rows: int = 0  # up to so many rows, a layer of fewer weights than few_weights is another kernel's
+    few_weights: int = 0
 
 
 #: In order of preference.
@@ -38,7 +40,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability(
         "wgmma_sp", "native", ("cuda",), (torch.bfloat16, torch.float16), None,
         "CUDA, Hopper's sparse tensor cores on the packed weight, for prompts and large batches",
-        min_batch=17, compute_capability=(9, 0),
+        min_batch=17, compute_capability=(9, 0), few_rows=32, few_weights=2 << 20,
     ),
     Capability(
         "mma_sp", "native", ("cuda",), (torch.bfloat16, torch.float16), 64,
@@ -104,7 +106,9 @@ def _unavailable(kernel: str, device: torch.device) -> str | None:
     return None
 
 
-def _rejection(row: Capability, device: torch.device, dtype: torch.dtype, batch: int) -> str | None:
+def _rejection(
+    row: Capability, device: torch.device, dtype: torch.dtype, batch: int, weights: int | None
+) -> str | None:
     if device.type not in row.devices:
         return f"runs on {', '.join(row.devices)}, the weight is on {device.type}"
     if dtype not in row.dtypes:
@@ -118,12 +122,18 @@ def _rejection(row: Capability, device: torch.device, dtype: torch.dtype, batch:
         return f"{_TOO_FEW_ROWS} {row.min_batch} rows of input, not {batch}"
     if row.max_batch is not None and batch > row.max_batch:
         return f"{_TOO_MANY_ROWS} {row.max_batch} rows of input, not {batch}"
+    if weights is not None and weights < row.few_weights and batch <= row.few_rows:
+        return f"{_TOO_FEW_ROWS} {row.few_rows + 1} rows of input for a layer of {weights} weights, not {batch}"
     return None
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(device: torch.device, dtype: torch.dtype, batch: int, backend: str = "auto") -> Choice:
+def choose(
+    device: torch.device, dtype: torch.dtype, batch: int, backend: str = "auto", weights: int | None = None
+) -> Choice:
     """Choose the kernel for ``batch`` rows of ``dtype`` on ``device``.
+
+    ``weights``, ``out_features * in_features``, tells small layers; None: it is not one.
 
     A backend named explicitly restricts the table to its rows, plus ``unpack`` for batches beyond what
     its kernel takes, since that is how every backend serves a prompt for now.
@@ -138,7 +148,7 @@ def choose(device: torch.device, dtype: torch.dtype, batch: int, backend: str = 
     for row in CAPABILITIES:
         if backend not in ("auto", row.backend) and row.kernel != "unpack":
             continue
-        reason = _rejection(row, device, dtype, batch)
+        reason = _rejection(row, device, dtype, batch, weights)
         if reason is None and row.kernel == "unpack" and backend not in ("auto", "dense"):
             rows = (_TOO_MANY_ROWS, _TOO_FEW_ROWS)
             hindrances = [f"{kernel} {why}" for kernel, why in rejected if not why.startswith(rows)]

@@ -115,7 +115,7 @@ def _linear24_impl(
     flat = x.reshape(-1, in_features)
     if flat.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], out_features))
-    choice = choose(x.device, x.dtype, flat.shape[0], backend)
+    choice = choose(x.device, x.dtype, flat.shape[0], backend, out_features * in_features)
     if choice.is_fallback:
         _warn_fallback(next(why for _, why in choice.rejected if why.startswith("unavailable")))
     if choice.kernel == "wgmma_sp":
@@ -263,7 +263,7 @@ def linear24_open(
     assert not isinstance(given, DeferredNorm)
     if not fuses24(given, backend):
         rows = to_rows(given) if norm is None else norm.resolve()
-        if gated and activation == "silu" and _runs_on_wgmma(rows, backend):
+        if gated and activation == "silu" and _runs_on_wgmma(rows, packed, backend):
             check_linear24(rows, packed, bias)
             flat = rows.reshape(-1, packed.in_features)
             y = _wgmma_sp_linear(
@@ -339,10 +339,10 @@ def fuses24(x: Tensor | Tiled, backend: str = "auto") -> bool:
     return rows > 0 and native.fuses(data) and choose(data.device, data.dtype, rows, backend).kernel == "mma_sp"
 
 
-def _runs_on_wgmma(x: Tensor, backend: str) -> bool:
+def _runs_on_wgmma(x: Tensor, packed: Packed24, backend: str) -> bool:
     """Whether the kernel for prompts runs a packed layer, and may be called without the operator around it."""
-    rows = x.shape[:-1].numel()
-    return rows > 0 and native.fuses(x) and choose(x.device, x.dtype, rows, backend).kernel == "wgmma_sp"
+    rows, weights = x.shape[:-1].numel(), packed.out_features * packed.in_features
+    return rows > 0 and native.fuses(x) and choose(x.device, x.dtype, rows, backend, weights).kernel == "wgmma_sp"
 
 
 def _data(x: Tensor | Tiled) -> Tensor:
@@ -414,7 +414,7 @@ def explain(
         from sparsert.errors import UnsupportedError
 
         raise UnsupportedError("device='cuda': torch sees no CUDA device here; use device='cpu'")
-    choice = choose(device, dtype, batch, backend)
+    choice = choose(device, dtype, batch, backend, out_features * in_features)
     extension: Any = native.module()
     multiprocessors, capability = _device_facts(device) if choice.kernel in ("mma_sp", "wgmma_sp") else (0, 0)
     if choice.kernel == "wgmma_sp":

@@ -34,6 +34,10 @@ def test_choice_by_gpu_and_rows(capability: tuple[int, int], monkeypatch: pytest
         assert ("not wgmma_sp: takes no less than 17 rows of input, not 3" in small) == (capability == (9, 0))
         assert ("not wgmma_sp: runs on GPUs of compute capability 9.0 only" in small) == (capability == (8, 0))
         assert choice_module.choose(device, torch.float32, 100).kernel == "unpack"
+        # small layers stay with mma.sp a little longer
+        small_layer = 576 * 1536
+        for rows, kernel in {17: "mma_sp", 32: "mma_sp", 33: EXPECTED[capability][64]}.items():
+            assert choice_module.choose(device, torch.bfloat16, rows, "native", small_layer).kernel == kernel
     finally:
         choice_module._unavailable.cache_clear()
         choice_module.choose.cache_clear()
