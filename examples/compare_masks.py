@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from sparsert.compress.anatomy import anatomy_of
-from sparsert.jobs.learn_masks import LearnMasksOptions, learn_masks, perplexity
+from sparsert.compress.score_windows import perplexity
+from sparsert.jobs.learn_masks import LearnMasksOptions, learn_masks
 from sparsert.jobs.models import load_model, load_tokenizer, open_dense
 from sparsert.jobs.options import add_options, parse_options
 from sparsert.jobs.prune_mask import PruneMaskOptions, prune_mask

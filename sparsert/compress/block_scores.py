@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from sparsert.compress.anatomy import Anatomy
 from sparsert.compress.head_loss import label_loss
-from sparsert.compress.score_windows import Remember, batches_of, check_windows, compute_always, finite, mean_loss
+from sparsert.compress.score_windows import Remember, batches_of, check_windows, compute_always, finite, perplexity
 from sparsert.compress.skipping import skipping
 from sparsert.errors import InputError
 from sparsert.schedule import format_block_list
@@ -102,7 +102,7 @@ def perplexity_without(
 
     def compute() -> float:
         with skipping(anatomy, blocks):
-            return math.exp(mean_loss(anatomy, windows, batch_size=batch_size))
+            return perplexity(anatomy, windows, batch_size=batch_size)
 
     return remember(f"perplexity without {format_block_list(blocks)}", compute)
 

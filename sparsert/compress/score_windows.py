@@ -89,6 +89,11 @@ def mean_loss(anatomy: Anatomy, windows: Tensor, *, batch_size: int = 1) -> floa
     return finite(float(total) / windows.shape[0], "the loss")
 
 
+def perplexity(anatomy: Anatomy, windows: Tensor, *, batch_size: int = 8) -> float:
+    """``exp`` of :func:`mean_loss`: perplexity of windows, each read on its own."""
+    return math.exp(mean_loss(anatomy, windows, batch_size=batch_size))
+
+
 def finite(value: float, what: str) -> float:
     """The value, if it is a number.
 

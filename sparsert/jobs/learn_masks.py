@@ -19,10 +19,7 @@ from sparsert.jobs.prune_mask import OutputOptions, base_name
 from sparsert.jobs.training_options import TrainingJobOptions
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sparsert.checkpoint import Checkpoint
-    from sparsert.compress.anatomy import Anatomy
     from sparsert.compress.mask_learning import MaskLearner
     from sparsert.compress.parallel import Processes
     from sparsert.compress.text import TextWindows
@@ -158,30 +155,11 @@ def hard_perplexity(learner: MaskLearner, windows: TextWindows, count: int, *, b
     """Perplexity of the first windows of a text under the masks as they would be written now."""
     import torch
 
+    from sparsert.compress.score_windows import perplexity
+
+    tokens = torch.stack([windows[index] for index in range(min(count, len(windows)))])
     with learner.running("hard"):
-        return perplexity(
-            learner.anatomy, torch.stack([windows[i] for i in range(min(count, len(windows)))]), batch_size
-        )
-
-
-def perplexity(anatomy: Anatomy, tokens: Tensor, batch_size: int = 8) -> float:
-    """Perplexity of windows, each read on its own and its first token not predicted.
-
-    Args:
-        anatomy: of the model, which runs where its embedding is.
-        tokens: int64 ``[windows, window]``.
-        batch_size: windows of one forward.
-    """
-    import torch
-
-    from sparsert.compress.head_loss import label_loss
-
-    total = 0.0
-    with torch.no_grad():
-        for batch in tokens.split(batch_size):
-            on_device = batch.to(anatomy.embedding.weight.device)
-            total += float(label_loss(anatomy, anatomy.hidden(on_device), on_device)) * len(batch)
-    return float(torch.tensor(total / len(tokens)).exp())
+        return perplexity(learner.anatomy, tokens, batch_size=batch_size)
 
 
 def _prior(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,9 +204,9 @@ class _Student:
 
     def perplexity(self, windows: Tensor, batch_size: int) -> float:
         """Of windows of text."""
-        from sparsert.compress.score_windows import mean_loss
+        from sparsert.compress.score_windows import perplexity
 
-        return math.exp(mean_loss(self.anatomy, windows, batch_size=batch_size))
+        return perplexity(self.anatomy, windows, batch_size=batch_size)
 
     def merge(self) -> None:
         """Put what an adapter has learned into the weights; nothing to do where they were trained themselves."""

@@ -39,6 +39,7 @@ _FREE_OPTIONS = (
     "evaluate_every",
     "evaluate_text",
     "model",
+    "teacher",
     "text",
     "masks",
     "output",

@@ -15,7 +15,7 @@ from tiny_llama import magnitude_prune_, make_llama, save
 
 from sparsert.checkpoint import open_checkpoint
 from sparsert.compress.anatomy import anatomy_of
-from sparsert.compress.score_windows import mean_loss
+from sparsert.compress.score_windows import mean_loss, perplexity
 from sparsert.errors import CheckpointError, InputError, UnsupportedError
 from sparsert.jobs import calibration_job
 from sparsert.jobs.prune_depth import DepthOptions, prune_depth
@@ -96,10 +96,10 @@ def test_a_killed_depth_job_goes_on_to_the_same_result(place: Path, monkeypatch:
         calls += 1
         if calls == 11:
             raise KeyboardInterrupt
-        return mean_loss(*arguments, **options)
+        return perplexity(*arguments, **options)
 
     options = _depth(place, mode="iterative", output=str(place / "again"))
-    monkeypatch.setattr("sparsert.compress.block_scores.mean_loss", dying)
+    monkeypatch.setattr("sparsert.compress.block_scores.perplexity", dying)
     with pytest.raises(KeyboardInterrupt):
         prune_depth(options)
     assert not (place / "again").exists()
