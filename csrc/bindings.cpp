@@ -93,12 +93,12 @@ void linear24_step_cuda(uintptr_t values, uintptr_t metadata, uintptr_t x, uintp
         "linear24");
 }
 
+// named: (config, cluster, even) instead of the chosen one, for tuning and for tests that cover every config.
 sparsert::Gemm24Choice gemm24_choice(int M, int N, int K, const std::optional<std::tuple<int, int, bool>>& named) {
   if (!named) return sparsert::select_gemm24(M, N, K, sparsert::current_device_facts());
   return {std::get<0>(*named), std::get<1>(*named), std::get<2>(*named)};
 }
 
-// named: (config, cluster, even) instead of the chosen one, for tuning and for tests that cover every config.
 int64_t gemm24_workspace(int M, int N, int K, const std::optional<std::tuple<int, int, bool>>& named) {
   return sparsert::gemm24_workspace_bytes(gemm24_choice(M, N, K, named), sparsert::current_device_facts().multiprocessors);
 }

@@ -91,8 +91,6 @@ const char* gemm24_config_name(int config);
 int gemm24_config_outputs(int config);
 int gemm24_config_tokens(int config);
 bool gemm24_config_splits(int config);  // the others want rows of y whose bytes are a multiple of 16
-// All take SiLU with a gate and no activation without one; where inputs are split, others too.
-bool gemm24_config_takes(int config, Activation activation, bool gated);
 int64_t gemm24_workspace_bytes(Gemm24Choice choice, int multiprocessors);
 int gemm24(const Gemm24Arguments& arguments, Gemm24Choice choice, int multiprocessors, bool dependent_launch, void* stream);
 

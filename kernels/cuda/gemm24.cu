@@ -29,6 +29,11 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
+// All take SiLU with a gate and no activation without one; where inputs are split, others too.
+bool takes(const Config& config, Activation activation, bool gated) {
+  return config.split || (gated ? activation == Activation::kSilu : activation == Activation::kNone);
+}
+
 }  // namespace
 
 int gemm24_config_count() { return kConfigCount; }
@@ -36,10 +41,6 @@ const char* gemm24_config_name(int config) { return kBFloat16Configs[config].nam
 int gemm24_config_outputs(int config) { return kBFloat16Configs[config].outputs; }
 int gemm24_config_tokens(int config) { return kBFloat16Configs[config].tokens; }
 bool gemm24_config_splits(int config) { return kBFloat16Configs[config].split; }
-bool gemm24_config_takes(int config, Activation activation, bool gated) {
-  return kBFloat16Configs[config].split || (gated ? activation == Activation::kSilu : activation == Activation::kNone);
-}
-
 int64_t gemm24_workspace_bytes(Gemm24Choice choice, int multiprocessors) {
   if (!choice.even) return 0;
   const Config& config = kBFloat16Configs[choice.config];
@@ -53,7 +54,7 @@ int gemm24(const Gemm24Arguments& a, Gemm24Choice choice, int multiprocessors, b
   const Config& config = (a.dtype == DType::kBFloat16 ? kBFloat16Configs : kFloat16Configs)[choice.config];
   if (choice.cluster > (config.split ? kMaxSplits : kMaxSharers)) return cudaErrorInvalidValue;
   if (a.gated && a.N % (2 * kRowTile) != 0) return cudaErrorInvalidValue;
-  if (!gemm24_config_takes(choice.config, a.activation, a.gated)) return cudaErrorInvalidValue;
+  if (!takes(config, a.activation, a.gated)) return cudaErrorInvalidValue;
   if (reinterpret_cast<uintptr_t>(a.x) % 16 != 0 || a.ldx % 8 != 0) return cudaErrorMisalignedAddress;
   const PFN_cuTensorMapEncodeTiled_v12000 encode = tensor_map_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;

@@ -173,16 +173,7 @@ __device__ __forceinline__ void write_sums(const KernelArguments& p, uint32_t su
   T* const y = static_cast<T*>(p.y);
   const int tokens = min(Tokens, p.M - first_token), step = p.cluster * kWarps * 32;
   auto total_at = [&](int token, int row) {
-    const uint32_t address = sums + (token * SumStride + row) * 4;
-    float4 part[kMaxSplits];
-#pragma unroll
-    for (int s = 0; s < kMaxSplits; ++s)
-      if (s < p.cluster) part[s] = ptx::load_cluster(address, s);
-    float4 total = part[0];
-#pragma unroll
-    for (int s = 1; s < kMaxSplits; ++s)
-      if (s < p.cluster) add(total, part[s]);
-    return total;
+    return cluster_sum<kMaxSplits>(sums + (token * SumStride + row) * 4, p.cluster);
   };
   if (p.gated) {
     constexpr int kQuads = Outputs / 8;

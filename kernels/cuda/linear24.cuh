@@ -486,19 +486,8 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
       }
     }
     ptx::cluster_sync();
-    auto cluster_sum = [&](int at) {
-      const uint32_t address = ring + at * 4;
-      float4 part[kMaxSplits];
-#pragma unroll
-      for (int s = 0; s < kMaxSplits; ++s)
-        if (s < p.splits) part[s] = ptx::load_cluster(address, s);
-      float4 total = part[0];
-#pragma unroll
-      for (int s = 1; s < kMaxSplits; ++s)
-        if (s < p.splits) add(total, part[s]);
-      return total;
-    };
-    finish(cluster_sum, split * S::kThreads + thread, p.splits * S::kThreads);  // every rank its share
+    auto total_at = [&](int at) { return cluster_sum<kMaxSplits>(ring + at * 4, p.splits); };
+    finish(total_at, split * S::kThreads + thread, p.splits * S::kThreads);  // every rank its share
     sum_squares();
     ptx::cluster_sync();  // nobody's shared memory goes away while another rank reads it
     return;

@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "ptx.cuh"
+
 namespace sparsert {
 
 __device__ __forceinline__ void add(float4& to, const float4& v) {
@@ -12,6 +14,22 @@ __device__ __forceinline__ void add(float4& to, const float4& v) {
   to.z += v.z;
   to.w += v.w;
 }
+
+#if SPARSERT_HOPPER
+// What stands at `address` in each of a cluster's blocks, all asked for at once and added in the order of the blocks.
+template <int MaxBlocks>
+__device__ __forceinline__ float4 cluster_sum(uint32_t address, int blocks) {
+  float4 part[MaxBlocks];
+#pragma unroll
+  for (int b = 0; b < MaxBlocks; ++b)
+    if (b < blocks) part[b] = ptx::load_cluster(address, b);
+  float4 total = part[0];
+#pragma unroll
+  for (int b = 1; b < MaxBlocks; ++b)
+    if (b < blocks) add(total, part[b]);
+  return total;
+}
+#endif
 
 __device__ __forceinline__ void convert(__nv_bfloat16& to, float v) { to = __float2bfloat16_rn(v); }
 __device__ __forceinline__ void convert(__half& to, float v) { to = __float2half_rn(v); }

@@ -25,27 +25,42 @@ struct Pairs {  // row g: first, second; row g+8: first, second
 __device__ __forceinline__ bool is_zero(uint16_t v) { return (v & 0x7FFFu) == 0; }
 __device__ __forceinline__ bool is_zero(uint32_t v) { return (v & 0x7FFFFFFFu) == 0; }
 
+// Where the metadata word of a thread stands, and what it is for: in two rows, four groups of four inputs each.
+struct Place {
+  int64_t tile, word, block_pairs;  // number of the row tile; index of the word; index of the block's first Pairs
+  int g, half, column;              // row within the tile's upper half; half of the block's inputs; the first of them
+
+  __device__ __forceinline__ Place(int64_t index, int units) {
+    const int lane = index % 32, unit = index / 32 % units, q = lane % 4;
+    const int block = unit * 2 + q / 2;
+    tile = index / 32 / units;
+    word = tile * units * 32 + metadata_word(units, unit, lane);
+    block_pairs = (tile * units * 2 + block) * 64;  // two a lane
+    g = lane / 4;
+    half = q % 2;
+    column = block * kBlock + half * 16;
+  }
+  __device__ __forceinline__ int64_t row(int part) const { return tile * kRowTile + g + part * 8; }
+  __device__ __forceinline__ int64_t pair(int group) const { return block_pairs + (g * 4 + group) * 2 + half; }
+};
+
 template <typename Bits>
 __global__ void __launch_bounds__(kThreads) pack24_kernel(Pack24Arguments p, int units, int64_t words) {
   const int64_t word_index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (word_index >= words) return;
-  const int lane = word_index % 32, unit = word_index / 32 % units;
-  const int64_t tile = word_index / 32 / units;
-  const int g = lane / 4, q = lane % 4;
-  const int block = unit * 2 + q / 2, half = q % 2;
-  const int column = block * kBlock + half * 16;
+  const Place at(word_index, units);
   const Bits* dense = static_cast<const Bits*>(p.dense);
 
   uint32_t word = 0;
   Pairs<Bits> pairs[4];
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
-    const int64_t row = tile * kRowTile + g + part * 8;
+    const int64_t row = at.row(part);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       Bits kept[2] = {0, 0};
       uint32_t nibble = 0xE;
-      const int first = column + 4 * j;
+      const int first = at.column + 4 * j;
       if (row < p.N && first < p.K) {  // K is a multiple of 4: a group is inside or outside
         Bits value[4];
         uint32_t mask = 0;
@@ -73,10 +88,9 @@ __global__ void __launch_bounds__(kThreads) pack24_kernel(Pack24Arguments p, int
     }
   }
   Pairs<Bits>* values = static_cast<Pairs<Bits>*>(p.values);
-  const int64_t block_pairs = (tile * units * 2 + block) * 64;  // two Pairs a lane
 #pragma unroll
-  for (int j = 0; j < 4; ++j) values[block_pairs + (g * 4 + j) * 2 + half] = pairs[j];
-  p.metadata[tile * units * 32 + metadata_word(units, unit, lane)] = word;
+  for (int j = 0; j < 4; ++j) values[at.pair(j)] = pairs[j];
+  p.metadata[at.word] = word;
 }
 
 // Every group of a valid bitmask has two bits, so its values are a pair at a place that follows from its column alone.
@@ -84,11 +98,7 @@ template <typename Bits>
 __global__ void __launch_bounds__(kThreads) pack24_bitmask_kernel(Pack24BitmaskArguments p, int units, int64_t words) {
   const int64_t word_index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (word_index >= words) return;
-  const int lane = word_index % 32, unit = word_index / 32 % units;
-  const int64_t tile = word_index / 32 / units;
-  const int g = lane / 4, q = lane % 4;
-  const int block = unit * 2 + q / 2, half = q % 2;
-  const int column = block * kBlock + half * 16;
+  const Place at(word_index, units);
   const int row_bytes = (p.K + 7) / 8;
   struct alignas(2 * sizeof(Bits)) Pair {
     Bits v[2];
@@ -99,12 +109,12 @@ __global__ void __launch_bounds__(kThreads) pack24_bitmask_kernel(Pack24BitmaskA
   Pairs<Bits> pairs[4];
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
-    const int64_t row = tile * kRowTile + g + part * 8;
+    const int64_t row = at.row(part);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       Pair kept = {{0, 0}};
       uint32_t nibble = 0xE;
-      const int first = column + 4 * j;
+      const int first = at.column + 4 * j;
       if (row < p.N && first < p.K) {
         const uint32_t mask = p.bitmask[row * row_bytes + first / 8] >> (first % 8) & 0xF;
         if (__popc(mask) == 2)
@@ -121,33 +131,27 @@ __global__ void __launch_bounds__(kThreads) pack24_bitmask_kernel(Pack24BitmaskA
     }
   }
   Pairs<Bits>* values = static_cast<Pairs<Bits>*>(p.values);
-  const int64_t block_pairs = (tile * units * 2 + block) * 64;  // two Pairs a lane
 #pragma unroll
-  for (int j = 0; j < 4; ++j) values[block_pairs + (g * 4 + j) * 2 + half] = pairs[j];
-  p.metadata[tile * units * 32 + metadata_word(units, unit, lane)] = word;
+  for (int j = 0; j < 4; ++j) values[at.pair(j)] = pairs[j];
+  p.metadata[at.word] = word;
 }
 
 template <typename Bits>
 __global__ void __launch_bounds__(kThreads) unpack24_kernel(Unpack24Arguments p, int units, int64_t words) {
   const int64_t word_index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (word_index >= words) return;
-  const int lane = word_index % 32, unit = word_index / 32 % units;
-  const int64_t tile = word_index / 32 / units;
-  const int g = lane / 4, q = lane % 4;
-  const int block = unit * 2 + q / 2, half = q % 2;
-  const int column = block * kBlock + half * 16;
+  const Place at(word_index, units);
   const Pairs<Bits>* values = static_cast<const Pairs<Bits>*>(p.values);
-  const int64_t block_pairs = (tile * units * 2 + block) * 64;
-  const uint32_t word = p.metadata[tile * units * 32 + metadata_word(units, unit, lane)];
+  const uint32_t word = p.metadata[at.word];
   Bits* dense = static_cast<Bits*>(p.dense);
 
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const Pairs<Bits> pair = values[block_pairs + (g * 4 + j) * 2 + half];
-    const int first = column + 4 * j;
+    const Pairs<Bits> pair = values[at.pair(j)];
+    const int first = at.column + 4 * j;
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
-      const int64_t row = tile * kRowTile + g + part * 8;
+      const int64_t row = at.row(part);
       if (row >= p.N || first >= p.K) continue;
       const uint32_t nibble = word >> (16 * part + 4 * j) & 0xF;
       const Bits* kept = part == 0 ? pair.low : pair.high;

@@ -48,7 +48,6 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, int bytes) {
 #define SPARSERT_S32 SPARSERT_S16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define SPARSERT_S64 SPARSERT_S32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define SPARSERT_S80 SPARSERT_S64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define SPARSERT_S96 SPARSERT_S64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define SPARSERT_S128 SPARSERT_S96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, " \
@@ -65,8 +64,6 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, int bytes) {
     SPARSERT_PRODUCT(64, TYPE, SPARSERT_D32(0), SPARSERT_S32, 32, 33, 34, 35, 36, 37, 38);                      \
   else if constexpr (N == 128)                                                                                  \
     SPARSERT_PRODUCT(128, TYPE, SPARSERT_D64(0), SPARSERT_S64, 64, 65, 66, 67, 68, 69, 70);                     \
-  else if constexpr (N == 160)                                                                                  \
-    SPARSERT_PRODUCT(160, TYPE, SPARSERT_D64(0) SPARSERT_COMMA SPARSERT_D16(64), SPARSERT_S80, 80, 81, 82, 83, 84, 85, 86); \
   else if constexpr (N == 192)                                                                                  \
     SPARSERT_PRODUCT(192, TYPE, SPARSERT_D64(0) SPARSERT_COMMA SPARSERT_D32(64), SPARSERT_S96, 96, 97, 98, 99, 100, 101, 102); \
   else                                                                                                          \
