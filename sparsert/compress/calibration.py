@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsert.compress.anatomy import Anatomy
+from sparsert.compress.skipping import replaced_forwards
 
 
 class CalibrationStates:
@@ -123,18 +124,8 @@ def _record(anatomy: Anatomy, tokens: Tensor) -> tuple[Tensor, list[dict[str, An
         given.append(options)
         return hidden_states
 
-    # an attribute of the object hides the method of its class; another wrapper may have set one before
-    before = [(block, vars(block).get("forward")) for block in anatomy.blocks]
-    for block, _ in before:
-        block.forward = hand_on
-    try:
+    with replaced_forwards(dict.fromkeys(anatomy.blocks, hand_on)):
         anatomy.hidden(tokens)
-    finally:
-        for block, forward in before:
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
     return first[0], given
 
 

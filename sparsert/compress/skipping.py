@@ -39,7 +39,7 @@ def skipping(anatomy: Anatomy, blocks: Collection[int]) -> Iterator[None]:
         InputError: an index is out of range or repeated.
     """
     check_block_indices(tuple(blocks), anatomy.num_blocks, "skip")
-    with _replaced({anatomy.blocks[index]: _hand_on for index in blocks}):
+    with replaced_forwards({anatomy.blocks[index]: _hand_on for index in blocks}):
         yield
 
 
@@ -55,13 +55,13 @@ def masking(linears: Mapping[str, nn.Linear], masks: Mapping[str, Tensor]) -> It
     def masked(linear: nn.Linear, mask: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: functional.linear(x, linear.weight * mask.to(linear.weight.device), linear.bias)
 
-    with _replaced({linears[name]: masked(linears[name], mask) for name, mask in masks.items()}):
+    with replaced_forwards({linears[name]: masked(linears[name], mask) for name, mask in masks.items()}):
         yield
 
 
 @contextlib.contextmanager
-def _replaced(forwards: Mapping[Any, Callable[..., Tensor]]) -> Iterator[None]:
-    """Give modules another forward."""
+def replaced_forwards(forwards: Mapping[Any, Callable[..., Tensor]]) -> Iterator[None]:
+    """Give modules another forward for a while."""
     # an attribute of the object hides the method of its class; another wrapper may have set one before
     before = [(module, vars(module).get("forward")) for module in forwards]
     for module, forward in forwards.items():

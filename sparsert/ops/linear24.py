@@ -56,13 +56,8 @@ def _cpu_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """Rows of x must be contiguous inside and 8-byte aligned; a sliced activation that is not is copied."""
-    return x.contiguous() if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8 else x
-
-
 def _mma_sp_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, rows: int, columns: int) -> Tensor:
-    x = _aligned(x)
+    x = native.aligned_rows(x, 8)
     y = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
     extension: Any = native.module()
     with torch.cuda.device(x.device):
@@ -85,10 +80,7 @@ def _wgmma_sp_linear(
     gated: bool = False,
 ) -> Tensor:
     # the copy engine reads rows of x of 16-byte multiples; inputs that are added meet weights of zero
-    if columns % 8:
-        x = torch.nn.functional.pad(x, (0, -columns % 8))
-    elif x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        x = x.clone(memory_format=torch.contiguous_format)
+    x = torch.nn.functional.pad(x, (0, -columns % 8)) if columns % 8 else native.aligned_rows(x, 16)
     batch, width = x.shape
     y = torch.empty((batch, rows // 2 if gated else rows), dtype=x.dtype, device=x.device)
     extension: Any = native.module()
@@ -373,7 +365,7 @@ def _step(
     """Launch the kernel; tensors are checked against the weight, the rest is the callers'."""
     data, rows = _data(x), x.shape[:-1].numel()
     check_linear24(data.new_empty((0, x.shape[-1])) if isinstance(x, Tiled) else data, packed, bias)
-    flat = data if isinstance(x, Tiled) else _aligned(data.reshape(-1, packed.in_features))
+    flat = data if isinstance(x, Tiled) else native.aligned_rows(data.reshape(-1, packed.in_features), 8)
     result = y if weighted is None else weighted
     extension: Any = native.module()
     with torch.cuda.device(data.device):

@@ -91,6 +91,16 @@ def fuses(x: torch.Tensor) -> bool:
     )
 
 
+def aligned_rows(x: torch.Tensor, nbytes: int) -> torch.Tensor:
+    """``x``, ``[rows, columns]``, or a copy whose rows are contiguous inside and begin at multiples of ``nbytes``.
+
+    Args:
+        nbytes: what a kernel reads at once; a whole row is a multiple of it.
+    """
+    fits = x.stride(1) == 1 and x.stride(0) * x.element_size() % nbytes == 0 and x.data_ptr() % nbytes == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
 def address(tensor: torch.Tensor | None) -> int:
     """Address of a tensor's first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

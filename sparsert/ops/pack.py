@@ -197,7 +197,7 @@ def pack_bitmask_unchecked(
     rows, columns = check_packable_parts(compressed, bitmask, shape, name)
     packed = _empty_packed(rows, columns, compressed)
     # a pair of values is read at once
-    compressed = _aligned(compressed, 2 * compressed.element_size())
+    compressed = native.aligned_rows(compressed.contiguous(), 2 * compressed.element_size())
     bitmask = bitmask.contiguous()
     bad = torch.zeros((), dtype=torch.int32, device=compressed.device)
     extension: Any = native.module()
@@ -217,11 +217,6 @@ def refuse_bitmask(bitmask: Tensor, in_features: int, name: str) -> NoReturn:
     """
     check_bitmask(bitmask, in_features, name)
     raise SparsityError(f"{name}: the GPU found groups without exactly 2 of 4 bits; its memory or driver is at fault")
-
-
-def _aligned(matrix: Tensor, nbytes: int) -> Tensor:
-    matrix = matrix.contiguous()
-    return matrix if matrix.data_ptr() % nbytes == 0 else matrix.clone()
 
 
 def _empty_packed(rows: int, columns: int, like: Tensor) -> Packed24:

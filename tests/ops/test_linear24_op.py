@@ -159,6 +159,18 @@ def test_without_the_extension_the_reference_serves(monkeypatch: pytest.MonkeyPa
         choice_module.choose.cache_clear()
 
 
+def test_rows_are_copied_only_where_a_kernel_cannot_read_them() -> None:
+    whole = torch.randn(6, 16, dtype=torch.bfloat16)
+    assert (
+        native.aligned_rows(whole, 16) is whole
+        and native.aligned_rows(whole[1:, :8], 16).data_ptr() == whole[1:].data_ptr()
+    )
+    shifted = torch.randn(97, dtype=torch.bfloat16)[1:].view(6, 16)  # contiguous, but begins two bytes late
+    for x in (shifted, whole.T, whole[:, 1:9], whole[:, ::2]):
+        found = native.aligned_rows(x, 8)
+        assert torch.equal(found, x) and found.is_contiguous() and found.data_ptr() % 8 == 0
+
+
 # --- the CUDA kernel -------------------------------------------------------------------------------------------------
 
 
