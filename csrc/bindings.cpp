@@ -207,6 +207,19 @@ void residual_norm_cuda(uintptr_t x, uintptr_t residual, uintptr_t weight, uintp
         "residual_norm");
 }
 
+void prompt_heads_cuda(uintptr_t heads, uintptr_t keys, uintptr_t values, uintptr_t rows, uintptr_t positions,
+                       uintptr_t cosine, uintptr_t signed_sine, uintptr_t q_norm, uintptr_t k_norm, int64_t cache_length,
+                       int tokens, int num_heads, int num_kv_heads, int head_dim, int rotary_dim, float norm_eps,
+                       bool norm_is_float, int dtype, uintptr_t stream) {
+  check(sparsert::prompt_heads({pointer<void>(heads), pointer<void>(keys), pointer<void>(values), pointer<long long>(rows),
+                                pointer<long long>(positions), pointer<void>(cosine), pointer<void>(signed_sine),
+                                pointer<void>(q_norm), pointer<void>(k_norm), cache_length, tokens, num_heads,
+                                num_kv_heads, head_dim, rotary_dim, norm_eps, norm_is_float,
+                                static_cast<sparsert::DType>(dtype)},
+                               dependent_launch(), pointer<void>(stream)),
+        "prompt_heads");
+}
+
 void activate_cuda(uintptr_t x, uintptr_t y, int rows, int width, int kind, bool gated, bool interleaved, int dtype,
                    uintptr_t stream) {
   check(sparsert::activate({pointer<void>(x), pointer<void>(y), rows, width, static_cast<sparsert::Activation>(kind),
@@ -281,6 +294,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("dense_linear_max_batch", &sparsert::dense_linear_max_batch);
   module.def("residual_norm_cuda", &residual_norm_cuda);
   module.def("residual_norm_max_width", &sparsert::residual_norm_max_width);
+  module.def("prompt_heads_cuda", &prompt_heads_cuda);
+  module.def("prompt_heads_takes", &sparsert::prompt_heads_takes);
   module.def("activate_cuda", &activate_cuda);
   module.def("decode_attention_cuda", &decode_attention_cuda);
   module.def("decode_attention_takes", &sparsert::decode_attention_takes);

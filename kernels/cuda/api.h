@@ -167,6 +167,26 @@ struct ActivateArguments {
 };
 int activate(const ActivateArguments& arguments, bool dependent_launch, void* stream);
 
+// Queries and keys of prompts are normed and rotated where they stand; keys and values are kept in a cache.
+struct PromptHeadsArguments {
+  void* heads;                 // [tokens, num_heads + 2 * num_kv_heads, head_dim]; values are not changed
+  void* keys;                  // [rows, num_kv_heads, cache_length, head_dim]
+  void* values;
+  const long long* rows;       // [tokens], of the cache
+  const long long* positions;  // [tokens], of the cache
+  const void* cosine;          // [tokens, rotary_dim]
+  const void* signed_sine;
+  const void* q_norm;          // [head_dim], or null
+  const void* k_norm;
+  int64_t cache_length;
+  int tokens, num_heads, num_kv_heads, head_dim, rotary_dim;
+  float norm_eps;
+  bool norm_is_float;          // q_norm and k_norm are float instead of dtype
+  DType dtype;                 // bf16 or fp16, of everything else; addresses are multiples of 16 bytes
+};
+bool prompt_heads_takes(int head_dim, int rotary_dim);
+int prompt_heads(const PromptHeadsArguments& arguments, bool dependent_launch, void* stream);
+
 struct DecodeAttentionArguments {
   const void* heads;         // [batch, num_heads + 2 * num_kv_heads, head_dim], row stride heads_stride elements
   void* keys;                // [rows >= batch, num_kv_heads, cache_length, head_dim], 16-byte aligned

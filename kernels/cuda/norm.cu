@@ -17,18 +17,6 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 
-template <typename T, typename Weight>
-__device__ __forceinline__ void load_weight(float (&to)[kVector], const void* from, int at) {
-  if constexpr (sizeof(Weight) == 4) {
-    const float4 low = static_cast<const float4*>(from)[at / 4], high = static_cast<const float4*>(from)[at / 4 + 1];
-    const float v[kVector] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) to[i] = v[i];
-  } else {
-    unpack_vector<T>(to, static_cast<const uint4*>(from)[at / kVector]);
-  }
-}
-
 // Sums of two numbers over the block, the same in every thread.
 __device__ __forceinline__ float2 block_sum(float2 v, float2 (&partial)[32]) {
 #pragma unroll

@@ -42,4 +42,17 @@ __device__ __forceinline__ uint4 pack_vector(const float (&from)[kVector]) {
                     to_pair(from[6], from[7], T{}));
 }
 
+// Eight weights from element `at`, a multiple of 8; Weight is float or T.
+template <typename T, typename Weight>
+__device__ __forceinline__ void load_weight(float (&to)[kVector], const void* from, int at) {
+  if constexpr (sizeof(Weight) == 4) {
+    const float4 low = static_cast<const float4*>(from)[at / 4], high = static_cast<const float4*>(from)[at / 4 + 1];
+    const float v[kVector] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) to[i] = v[i];
+  } else {
+    unpack_vector<T>(to, static_cast<const uint4*>(from)[at / kVector]);
+  }
+}
+
 }  // namespace sparsert

@@ -107,15 +107,14 @@ class PackedPrefillAttention:
     def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor:
         """See :class:`sparsert.models.attention.Attention`; there is one text of all tokens of the chunk."""
         chunk = self._chunk
-        q, k, v = ops.split_heads(heads[0], *self._rotation(layer.rotary), layer.shape, layer.q_norm, layer.k_norm)
-        # [rows, length, kv_heads, head_dim], the cache's memory
-        past_keys, past_values = (kept[slot].transpose(1, 2) for kept in (self._cache.keys, self._cache.values))
-        places = (chunk.rows, chunk.positions)
-        past_keys.index_put_(places, k)
-        past_values.index_put_(places, v)
+        keys, values = self._cache.keys[slot], self._cache.values[slot]
+        q, k, v = ops.keep_heads(
+            heads[0], keys, values, chunk.rows, chunk.positions, *self._rotation(layer.rotary), layer.shape,
+            layer.q_norm, layer.k_norm,
+        )  # fmt: skip
         if chunk.past:
-            k = torch.cat([past_keys[chunk.first_row, : chunk.past], k])
-            v = torch.cat([past_values[chunk.first_row, : chunk.past], v])
+            k = torch.cat([keys[chunk.first_row, :, : chunk.past].transpose(0, 1), k])
+            v = torch.cat([values[chunk.first_row, :, : chunk.past].transpose(0, 1), v])
         return ops.packed_attention(q, k, v, chunk.texts, layer.shape).unsqueeze(0)
 
     def _rotation(self, rotary: RotaryEmbedding) -> tuple[Tensor, Tensor]:

@@ -86,6 +86,54 @@ def split_heads(
     return rotate(q, cosine, signed_sine), rotate(k, cosine, signed_sine), v
 
 
+def keep_heads(
+    heads: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    cosine: Tensor,
+    signed_sine: Tensor,
+    shape: AttentionShape,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`split_heads` of many tokens, whose keys and values are also kept in a cache; one kernel on a GPU.
+
+    Args:
+        heads: ``[tokens, num_heads + 2 * num_kv_heads, head_dim]``; may be overwritten by the result.
+        keys, values: ``[rows, num_kv_heads, length, head_dim]``, changed in place.
+        rows, positions: int64 ``[tokens]``: where in the cache each token goes; no two to one place.
+        cosine, signed_sine: ``[tokens, 1, rotary_dim]`` of the tokens' positions.
+        shape, q_norm, k_norm: as in :func:`split_heads`.
+
+    Returns:
+        q ``[tokens, num_heads, head_dim]``, k and v ``[tokens, num_kv_heads, head_dim]``, perhaps views of heads.
+    """
+    if (
+        native.fuses(heads)
+        and heads.shape[0] > 0
+        and native.module().prompt_heads_takes(shape.head_dim, shape.rotary_dim)
+        and all(tensor.is_contiguous() for tensor in (heads, keys, values, cosine, signed_sine, rows, positions))
+        and heads.data_ptr() % 16 == 0
+    ):
+        norm_is_float = any(norm is not None and norm.dtype == torch.float32 for norm in (q_norm, k_norm))
+        with torch.cuda.device(heads.device):
+            native.module().prompt_heads_cuda(
+                heads.data_ptr(), keys.data_ptr(), values.data_ptr(), rows.data_ptr(), positions.data_ptr(),
+                cosine.data_ptr(), signed_sine.data_ptr(), native.address(q_norm), native.address(k_norm),
+                keys.shape[2], heads.shape[0], shape.num_heads, shape.num_kv_heads, shape.head_dim, cosine.shape[-1],
+                shape.norm_eps, norm_is_float, dtype_code(heads.dtype), native.stream(heads.device),
+            )  # fmt: skip
+        q, k, v = heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
+        return q, k, v
+    q, k, v = split_heads(heads, cosine, signed_sine, shape, q_norm, k_norm)
+    # [rows, length, kv_heads, head_dim], the cache's memory
+    keys.transpose(1, 2).index_put_((rows, positions), k)
+    values.transpose(1, 2).index_put_((rows, positions), v)
+    return q, k, v
+
+
 def decode_attention(
     heads: Tensor,
     keys: Tensor,
