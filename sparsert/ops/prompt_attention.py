@@ -111,6 +111,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, texts: PackedTexts, shape:
     if sees_all and explain_packed_attention(shape, q.device, q.dtype) is None:
         varlen = _varlen()
         assert varlen is not None
+        # flash attention reads heads value by value; a dense layer of another kind may leave its output transposed
+        q, k, v = (part if part.stride(-1) == 1 else part.contiguous() for part in (q, k, v))
         attended: Tensor = varlen(
             q, k, v, texts.query_starts, texts.key_starts, max(texts.query_lengths), longest, scale=shape.scale,
             window_size=(-1, 0),

@@ -44,9 +44,15 @@ def test_the_record_so_far_is_written(
         return lines[-1]
 
     monkeypatch.setattr(kernels, "table_line", table_line)
+    # a shell that starts the tests in the background has SIGINT ignored
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM)
     path = tmp_path / "kernels.json"
-    assert main([*TINY, "--output", str(path)]) == 128 + number
+    try:
+        code = main([*TINY, "--output", str(path)])
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+    assert code == 128 + number
     record = read_record(path)
     assert len({(row["layer"], row["batch"]) for row in record["results"]}) == 3 < 4 * 2
     (note,) = [note for note in record["notes"] if "cut off" in note]

@@ -113,7 +113,7 @@ def test_saving_gives_every_bit_back(tmp_path: Path, device: str, shards: int) -
 @pytest.mark.parametrize("device", DEVICES)
 def test_pipeline(tmp_path: Path, device: str) -> None:
     write_packed(pruned_llama(torch.bfloat16, vocab_size=save_tokenizer(tmp_path)), tmp_path)
-    pipe = transformers.pipeline("text-generation", model=str(tmp_path), device_map=device, dtype=torch.bfloat16)
+    pipe = transformers.pipeline("text-generation", model=str(tmp_path), device=device, dtype=torch.bfloat16)
     assert pipe.model.device.type == device
     assert sum(isinstance(layer, SparseLinear) for layer in pipe.model.modules()) == 21
     # three texts of different lengths in one batch
