@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from sparsert.compress.anatomy import Anatomy
 from sparsert.compress.block_scores import observing
-from sparsert.compress.head_loss import LOGIT_BYTES, head_loss, label_loss, logits_of
+from sparsert.compress.head_loss import LOGIT_BYTES, TokenLoss, head_loss, next_tokens
 from sparsert.errors import InputError
 
 if TYPE_CHECKING:
@@ -181,22 +181,24 @@ class Distillation:
             hidden = self.student.hidden(tokens)
         self.last = {}
         total = torch.zeros((), device=tokens.device)
-        if settings.label_weight:
-            label = label_loss(self.student, hidden, tokens, logit_bytes=self._logit_bytes)
-            total = total + settings.label_weight * label
-            self.last["label"] = label.detach()
-        if settings.logit_weight:
-            assert teacher_hidden is not None
-            logit = logit_loss(
-                self.student,
-                self.teacher,
-                hidden,
-                teacher_hidden,
+        if settings.label_weight or settings.logit_weight:
+            # of every token of a window but the last, which has no label
+            counts = tokens.numel() - len(tokens), tokens.numel()
+            scale = settings.temperature**2
+            loss = TokenLoss(
+                next_tokens(tokens) if settings.label_weight else None,
+                self.teacher if settings.logit_weight else None,
+                teacher_hidden.flatten(0, 1) if settings.logit_weight and teacher_hidden is not None else None,
+                label_weight=settings.label_weight * counts[1] / counts[0],
+                teacher_weight=settings.logit_weight * scale,
                 temperature=settings.temperature,
-                logit_bytes=self._logit_bytes,
             )
-            total = total + settings.logit_weight * logit
-            self.last["logit"] = logit.detach()
+            weighted, sums = head_loss(self.student, hidden.flatten(0, 1), loss, logit_bytes=self._logit_bytes)
+            total = total + weighted / counts[1]
+            if settings.label_weight:
+                self.last["label"] = sums[0] / counts[0]
+            if settings.logit_weight:
+                self.last["logit"] = sums[1] * scale / counts[1]
         if settings.states:
             state = self._state_loss(ours, theirs)
             weight = settings.state_weight
@@ -226,39 +228,6 @@ class Distillation:
                 states = functional.linear(states, self.projection)
             losses.append(state_loss(states.float(), theirs[partner].float(), self.settings.state_loss))
         return torch.stack(losses).mean()
-
-
-def logit_loss(
-    student: Anatomy,
-    teacher: Anatomy,
-    hidden: Tensor,
-    teacher_hidden: Tensor,
-    *,
-    temperature: float = 1.0,
-    logit_bytes: int = LOGIT_BYTES,
-) -> Tensor:
-    """``T^2 KL(teacher || student)`` of the next token's distribution, mean over tokens.
-
-    Args:
-        student, teacher: whose heads make the logits.
-        hidden: the student's states in front of its head, ``[..., hidden]``.
-        teacher_hidden: the teacher's, of as many tokens; without a gradient.
-        temperature: T; the factor T^2 keeps the size of gradients.
-        logit_bytes: most bytes of one model's float32 logits at a time.
-
-    Returns:
-        A float32 scalar, in nats a token (times T^2).
-    """
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    teacher_rows = teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
-
-    def of(logits: Tensor, part: slice) -> Tensor:
-        with torch.no_grad():
-            wanted = functional.log_softmax(logits_of(teacher, teacher_rows[part]) / temperature, dim=-1)
-        found = functional.log_softmax(logits / temperature, dim=-1)
-        return functional.kl_div(found, wanted.to(found.device), reduction="sum", log_target=True)
-
-    return head_loss(student, rows, of, logit_bytes=logit_bytes) * (temperature**2 / rows.shape[0])
 
 
 def state_loss(states: Tensor, wanted: Tensor, kind: str = "cosine") -> Tensor:

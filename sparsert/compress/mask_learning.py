@@ -35,7 +35,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from sparsert.compress.anatomy import Anatomy
-from sparsert.compress.head_loss import head_loss, logits_of
+from sparsert.compress.head_loss import TokenLoss, head_loss
 from sparsert.compress.oneshot import maskable_linears
 from sparsert.compress.training import Position
 from sparsert.errors import InputError
@@ -193,20 +193,11 @@ class MaskLearner:
             with self.running("dense"), torch.no_grad():
                 teacher = _rows(self.anatomy.hidden(tokens))
         labels = tokens[:, 1:].reshape(-1)
-
-        def loss_of_rows(logits: Tensor, part: slice) -> Tensor:
-            loss = torch.zeros((), device=logits.device)
-            if share < 1:
-                loss = loss + (1 - share) * functional.cross_entropy(logits, labels[part], reduction="sum")
-            if teacher is not None:
-                with torch.no_grad():
-                    wanted = logits_of(self.anatomy, teacher[part]).log_softmax(-1)
-                said = logits.log_softmax(-1)
-                loss = loss + share * functional.kl_div(said, wanted, reduction="sum", log_target=True)
-            return loss
-
-        hidden = _rows(self.anatomy.hidden(tokens))
-        return head_loss(self.anatomy, hidden, loss_of_rows) / labels.numel()
+        loss = TokenLoss(
+            labels if share < 1 else None, None if teacher is None else self.anatomy, teacher,
+            label_weight=1 - share, teacher_weight=share,
+        )  # fmt: skip
+        return head_loss(self.anatomy, _rows(self.anatomy.hidden(tokens)), loss)[0] / labels.numel()
 
     @contextlib.contextmanager
     def running(self, mode: str) -> Iterator[None]:

@@ -23,6 +23,7 @@ from sparsert.ops.prompt_attention import (
     packed_attention,
 )
 from sparsert.ops.tiles import Tiled, to_rows
+from sparsert.ops.token_loss import token_loss_
 
 __all__ = [
     "ACTIVATIONS",
@@ -61,5 +62,6 @@ __all__ = [
     "rotate",
     "split_heads",
     "to_rows",
+    "token_loss_",
     "unpack",
 ]

@@ -13,7 +13,7 @@ from tiny_llama import make_llama
 from torch import Tensor
 
 from sparsert.compress.anatomy import anatomy_of
-from sparsert.compress.distillation import Distillation, DistillationSettings, logit_loss, pair_blocks, state_loss
+from sparsert.compress.distillation import Distillation, DistillationSettings, pair_blocks, state_loss
 from sparsert.compress.text import TextWindows
 from sparsert.compress.training import Trainer, TrainingOptions
 from sparsert.errors import InputError
@@ -43,14 +43,8 @@ def test_logit_loss_is_the_forward_divergence(temperature: float, rows_at_once: 
     ours, theirs = anatomy_of(student), anatomy_of(teacher)
     expected = _reference_kl(student(tokens).logits, teacher(tokens).logits, temperature)
     gradients = torch.autograd.grad(expected, list(student.parameters()))
-    loss = logit_loss(
-        ours,
-        theirs,
-        ours.hidden(tokens),
-        theirs.hidden(tokens),
-        temperature=temperature,
-        logit_bytes=4 * VOCABULARY * rows_at_once,
-    )
+    settings = DistillationSettings(temperature=temperature)
+    loss = Distillation(ours, theirs, settings, logit_bytes=8 * VOCABULARY * rows_at_once)(tokens)
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
     loss.backward()
     for parameter, gradient in zip(student.parameters(), gradients, strict=True):
@@ -61,7 +55,7 @@ def test_soft_caps_of_both_models_are_minded() -> None:
     student, teacher = (make_model("Gemma2", seed=seed, final_logit_softcapping=1.5) for seed in (1, 2))
     tokens = _tokens()
     ours, theirs = anatomy_of(student), anatomy_of(teacher)
-    loss = logit_loss(ours, theirs, ours.hidden(tokens), theirs.hidden(tokens))
+    loss = Distillation(ours, theirs, DistillationSettings())(tokens)
     expected = _reference_kl(student(tokens).logits, teacher(tokens).logits, 1.0)
     assert float(loss) == pytest.approx(float(expected), rel=1e-4)
 

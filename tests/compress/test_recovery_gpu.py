@@ -28,7 +28,7 @@ def test_scores_are_those_of_the_cpu(criterion: str) -> None:
 
 @pytest.mark.parametrize("frozen_head", [False, True])
 def test_a_vocabulary_of_128k_takes_no_more_than_its_chunks(frozen_head: bool) -> None:
-    """8192 tokens have 4.2 GB of logits in float32; a chunk of 256 MiB lives some six times over."""
+    """8192 tokens have 2.1 GB of logits in bf16; a chunk of 256 MiB is there once, and becomes its gradient."""
     vocabulary, hidden = 128256, 256
     model = make_llama(hidden_size=hidden, num_attention_heads=4, vocab_size=vocabulary).cuda().requires_grad_(True)
     model.lm_head.requires_grad_(not frozen_head)
@@ -43,7 +43,7 @@ def test_a_vocabulary_of_128k_takes_no_more_than_its_chunks(frozen_head: bool) -
     peak = torch.cuda.max_memory_allocated() - before
     # beside the chunks: the head in bf16, and two gradients of it in float32
     head = vocabulary * hidden * (2 + 4 + 4)
-    assert peak < 7 * LOGIT_BYTES + head, f"{peak / 1e9:.2f} GB"
+    assert peak < 1.5 * LOGIT_BYTES + head, f"{peak / 1e9:.2f} GB"
     assert states.grad is not None and bool(states.grad.isfinite().all())
 
 

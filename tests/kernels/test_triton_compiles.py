@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparsert.kernels import linear24, masked_weight, pack24
+from sparsert.kernels import linear24, masked_weight, pack24, token_loss
 
 
 def compile_kernel(kernel, pointers, constants, capability, **options):
@@ -75,6 +75,14 @@ for weight, logits in (("*bf16", "*bf16"), ("*bf16", "*fp32"), ("*fp32", "*fp32"
         pointers = dict.fromkeys(("weight", "masked", "gradient"), weight)
         pointers |= dict.fromkeys(("logits", "logit_gradient"), logits) | {"controls": "*fp32", "seed": "*i64"}
         compile_kernel(kernel, pointers, dict(BLOCK=masked_weight._GROUPS_PER_PROGRAM), capability)
+for dtype in ("*bf16", "*fp32"):
+    numbers = ("label_weight", "teacher_weight", "inverse_temperature", "cap", "teacher_cap")
+    pointers = dict.fromkeys(("logits", "teacher"), dtype) | {"labels": "*i64", "nll": "*fp32", "kl": "*fp32"}
+    flags = dict.fromkeys(("LABELS", "TEACHER", "GRADIENT", "CAP", "TEACHER_CAP"), True)
+    compile_kernel(
+        token_loss._token_loss_kernel, pointers | dict.fromkeys(numbers, "fp32"),
+        dict(BLOCK=token_loss._BLOCK, **flags), capability, num_warps=token_loss._NUM_WARPS,
+    )
 print("compiled")
 """
 
