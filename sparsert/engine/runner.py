@@ -204,10 +204,11 @@ class Runner:
         device = self.model.device
         self._workspace.batch = len(prompts)
         if bucket is not None:
-            self._workspace.prompts.fill_(prompts, bucket)
-            logits = self._run((self.plan, "prompt", *bucket), lambda: self._prompt_step(bucket))
-            # the next step, whichever it is, may write where a graph's result lies
-            return logits[: len(prompts)].clone()
+            with self._on_device():
+                self._workspace.prompts.fill_(prompts, bucket)
+                logits = self._run((self.plan, "prompt", *bucket), lambda: self._prompt_step(bucket))
+                # the next step, whichever it is, may write where a graph's result lies
+                return logits[: len(prompts)].clone()
         self.place_(torch.tensor(lengths).to(device))
         with torch.inference_mode(), self._on_device():
             first = [
