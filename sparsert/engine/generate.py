@@ -47,9 +47,12 @@ def generate_batch(
             another model of the same vocabulary.
         draft_tokens: how many it proposes at a time, 1 to ``MAX_DRAFT_TOKENS``.
     """
-    start = time.perf_counter()
     runners = [runner] if draft is None or draft.shares_cache_with(runner) else [runner, draft]
-    capture_before_s = sum(each.capture_s for each in runners)
+
+    def captured_s() -> float:
+        return sum(each.capture_s for each in runners)
+
+    start, capture_start_s = time.perf_counter(), captured_s()
     prompts = [text.prompt for text in texts]
     room = max(len(text.prompt) + text.limit for text in texts)
     device = runner.model.device
@@ -63,7 +66,7 @@ def generate_batch(
     reader = TokenReader((len(texts),), device)
     reader.start(tokens)
     deliver(texts, [[token] for token in reader.finish()], stream)
-    first = time.perf_counter()
+    first, capture_first_s = time.perf_counter(), captured_s()
     stats = None
     if speculator is not None:
         stats = _rounds(speculator, texts, tokens, stream)
@@ -71,8 +74,9 @@ def generate_batch(
         _steps(
             runner, sampler, texts, tokens, reader, stream, device.type == "cuda" if look_ahead is None else look_ahead
         )
-    capture_s = sum(each.capture_s for each in runners) - capture_before_s
-    decode_s = max(time.perf_counter() - first - capture_s, 0.0)
+    end, capture_end_s = time.perf_counter(), captured_s()
+    prefill_s = first - start - (capture_first_s - capture_start_s)
+    decode_s = max(end - first - (capture_end_s - capture_first_s), 0.0)
     new_tokens = sum(len(text.token_ids) for text in texts)
     decoded = new_tokens - len(texts)
     return Timings(
@@ -80,8 +84,8 @@ def generate_batch(
         batch_size=len(texts),
         prompt_tokens=sum(map(len, prompts)),
         new_tokens=new_tokens,
-        prefill_ms=(first - start) * 1e3,
-        capture_ms=capture_s * 1e3,
+        prefill_ms=prefill_s * 1e3,
+        capture_ms=(capture_end_s - capture_start_s) * 1e3,
         decode_ms=decode_s * 1e3,
         decode_tok_per_s=decoded / decode_s if decoded and decode_s > 0 else 0.0,
         speculation=stats,

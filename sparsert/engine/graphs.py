@@ -1,8 +1,9 @@
-"""CUDA graphs of decode steps, captured when first needed.
+"""CUDA graphs of decode steps and short prefills, captured when first needed.
 
 At batch 1 a step of a 7B model launches several hundred kernels of a few microseconds each; issued one
 by one from Python the GPU would wait most of the time. A graph replays them in one call. Graphs share
-one memory pool: they never run at the same time, and what one gives back is used before it runs again.
+one memory pool: they never run at the same time, and what one gives back is used before it runs again; so what a
+step returns lasts until another one runs.
 Going back to a step that was run before, under whatever plan, captures nothing; the graphs longest unused are
 let go of once there are very many, so that a process that keeps making up plans does not grow.
 """
@@ -19,7 +20,8 @@ from torch import Tensor
 #: Steps run before capture, so that libraries and compilers have set up what capture forbids.
 _WARM_UP_STEPS = 2
 
-#: Graphs held at most. A model that serves every batch size in four windows has 64; one takes a few MB with its logits.
+#: Graphs held at most. A model that serves every batch size in four windows has 64, and 30 of short prefills; one takes
+#: a few MB with its logits.
 _MOST_GRAPHS = 256
 
 
@@ -57,7 +59,7 @@ class StepGraphs:
             step: reads and writes static buffers only; run when the key is new.
 
         Returns:
-            What the step returns: static, overwritten when the same key runs again.
+            What the step returns: static, overwritten when the same key runs again, perhaps when another one does.
         """
         if key not in self._graphs:
             self._graphs[key] = self._capture(step)

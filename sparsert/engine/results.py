@@ -39,9 +39,9 @@ class Timings:
         batch_size: prompts that ran together.
         prompt_tokens: tokens of all prompts of the batch.
         new_tokens: tokens generated for all prompts of the batch.
-        prefill_ms: from the start of the batch until its first tokens are on the host (TTFT).
-        capture_ms: time spent on capturing CUDA graphs during decode; not part of ``decode_ms``.
-        decode_ms: from the first tokens until the last.
+        prefill_ms: from the start of the batch until its first tokens are on the host (TTFT), without ``capture_ms``.
+        capture_ms: time spent on capturing CUDA graphs, of the prompt and of decode steps; 0 once all have run.
+        decode_ms: from the first tokens until the last, without ``capture_ms``.
         decode_tok_per_s: tokens after the first of each prompt, per second of ``decode_ms``; 0 if none.
         speculation: how drafts fared; None without a draft.
     """

@@ -6,8 +6,9 @@ A prefill sees exactly the prompts' tokens, packed one after the other, and at m
 Shapes of steps are few on purpose. The cache grows in powers of two and is kept between batches; a decode step
 reads a window of 256, 512, 1024, ... positions, the smallest that holds the longest row still running.
 So on a GPU a step is one of a handful of CUDA graphs, by (plan, kind, batch, window, tokens a row), each captured
-the first time it is needed (:mod:`sparsert.engine.graphs`); on a CPU the same step function runs as it is. What it
-gives up: up to half of the window is read for nothing, and a longer cache drops the graphs.
+the first time it is needed (:mod:`sparsert.engine.graphs`); on a CPU the same step function runs as it is. A short
+prefill is one too, by (plan, texts, tokens; :mod:`sparsert.engine.prompt_step`). What it gives up: up to half of the
+window is read for nothing, and a longer cache drops the graphs.
 
 A runner is a plan over a workspace. Runners of several plans of one model (:meth:`Runner.with_plan`) share
 the workspace, that is weights, cache, static inputs and graphs: slots of the cache keep the numbers of the
@@ -20,16 +21,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from sparsert import ops
 from sparsert.engine.cache import DecodeAttention, ExtendAttention, KVCache, PackedPrefillAttention, kv_bytes_per_token
 from sparsert.engine.graphs import StepGraphs
 from sparsert.engine.prompt_chunks import cut_prompts
+from sparsert.engine.prompt_step import PromptBucket, PromptInputs, find_bucket, prompt_graph_tokens
 from sparsert.errors import InputError
 from sparsert.models import DecoderModel
 from sparsert.schedule import LayerPlan
@@ -66,7 +67,10 @@ class _Workspace:
 
     Attributes:
         cache: keys and values, None before the first prefill.
-        graphs: of decode steps; None on a CPU.
+        graphs: of steps; None on a CPU.
+        tables: addresses of the rotary tables that the graphs read.
+        prompts: static inputs of short prefills.
+        prompt_graph_tokens: most tokens, padding included, of a prefill that is padded and captured; 0: none is.
         tokens: static input of a step of one token: int64 ``[MAX_BATCH_SIZE]``.
         step_tokens: static input of a step of several: int64 ``[MAX_BATCH_SIZE, MAX_STEP_TOKENS]``.
         lengths: static: int64 ``[MAX_BATCH_SIZE]``, tokens of each row in the cache.
@@ -74,12 +78,18 @@ class _Workspace:
         lock: held while a batch is under way.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, model: DecoderModel) -> None:
+        device = model.device
         self.cache: KVCache | None = None
         self.tokens = torch.zeros(MAX_BATCH_SIZE, dtype=torch.int64, device=device)
         self.step_tokens = torch.zeros(MAX_BATCH_SIZE, MAX_STEP_TOKENS, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(MAX_BATCH_SIZE, dtype=torch.int64, device=device)
         self.graphs = StepGraphs([self.tokens, self.lengths]) if device.type == "cuda" else None
+        self.tables: tuple[int, ...] = ()
+        self.prompts = PromptInputs(MAX_BATCH_SIZE, device)
+        # also loads what packed attention is made of: that can take more than a second, which the first prompt should
+        # not wait for
+        self.prompt_graph_tokens = prompt_graph_tokens(model.attention_shapes, device, model.dtype)
         self.batch = 0
         self.lock = threading.Lock()
 
@@ -97,12 +107,7 @@ class Runner:
         self.model = model
         self.plan = model.plan
         self.max_length = max_length
-        self._workspace = _Workspace(model.device)
-        if model.device.type == "cuda":
-            # loads what packed attention is made of: that can take more than a second, which the first prompt
-            # should not wait for
-            for shape in dict.fromkeys(model.attention_shapes):
-                ops.explain_packed_attention(shape, model.device, model.dtype)
+        self._workspace = _Workspace(model)
 
     def with_plan(self: AnyRunner, plan: LayerPlan) -> AnyRunner:
         """A runner of another plan over the same weights, cache and graphs.
@@ -169,7 +174,9 @@ class Runner:
         *,
         chunk_tokens: int = PREFILL_CHUNK_TOKENS,
     ) -> Tensor:
-        """Read the prompts into the cache, one after the other without padding and some tokens at a time.
+        """Read the prompts into the cache, one after the other and some tokens at a time.
+
+        There is no padding, unless so few tokens are read that the whole prefill is one CUDA graph.
 
         Args:
             prompts: token ids of 1 to :data:`MAX_BATCH_SIZE` texts, of any lengths from 1.
@@ -189,9 +196,19 @@ class Runner:
             raise InputError(f"got {len(prompts)} prompts of {lengths} tokens; need 1-{MAX_BATCH_SIZE}, none empty")
         if max(*lengths, room) > self.max_length:
             raise InputError(f"{max(*lengths, room)} tokens do not fit into max_length {self.max_length}")
-        cache = self._reserve(len(prompts), max(*lengths, room), spare)
+        bucket = find_bucket(lengths, min(chunk_tokens, self._workspace.prompt_graph_tokens))
+        longest = max(*lengths, room)
+        if bucket is not None:  # padding is written behind the last text
+            spare = max(spare, lengths[-1] + bucket.padding_behind(lengths) - longest)
+        cache = self._reserve(len(prompts), longest, spare)
         device = self.model.device
         self._workspace.batch = len(prompts)
+        if bucket is not None:
+            with self._on_device():
+                self._workspace.prompts.fill_(prompts, bucket)
+                logits = self._run((self.plan, "prompt", *bucket), lambda: self._prompt_step(bucket))
+                # the next step, whichever it is, may write where a graph's result lies
+                return logits[: len(prompts)].clone()
         self.place_(torch.tensor(lengths).to(device))
         with torch.inference_mode(), self._on_device():
             first = [
@@ -212,7 +229,7 @@ class Runner:
             for the device.
         """
         self._workspace.tokens[: self._workspace.batch].copy_(tokens)
-        return self._run("decode", self._decode_step, longest, 1)
+        return self._run_step("decode", self._decode_step, longest, 1)
 
     def decode_greedy(self, tokens: Tensor, longest: int) -> Tensor:
         """Add one token to each row and take the likeliest next ones: all of it one graph on a GPU.
@@ -226,7 +243,7 @@ class Runner:
         here = self._workspace.tokens[: self._workspace.batch]
         if tokens.data_ptr() != here.data_ptr():
             here.copy_(tokens)
-        self._run("greedy", self._greedy_step, longest, 1)
+        self._run_step("greedy", self._greedy_step, longest, 1)
         return here
 
     def extend(self, tokens: Tensor, longest: int) -> Tensor:
@@ -241,7 +258,7 @@ class Runner:
         """
         count = tokens.shape[1]
         self._workspace.step_tokens[: self._workspace.batch, :count].copy_(tokens)
-        return self._run("extend", self._extend_step, longest, count)
+        return self._run_step("extend", self._extend_step, longest, count)
 
     def place_(self, lengths: Tensor) -> None:
         """Set where the next token of each row goes.
@@ -251,16 +268,25 @@ class Runner:
         """
         self._workspace.lengths[: self._workspace.batch].copy_(lengths)
 
-    def _run(self, kind: str, step: Callable[[int, int, int], Tensor], longest: int, count: int) -> Tensor:
-        """Run a step of ``count`` tokens a row, as a graph where there are any."""
+    def _run_step(self, kind: str, step: Callable[[int, int, int], Tensor], longest: int, count: int) -> Tensor:
+        """Run a step of ``count`` tokens a row."""
         workspace = self._workspace
         assert workspace.cache is not None, "prefill comes first"
         batch, window = workspace.batch, window_for(longest + count, workspace.cache.length)
+        return self._run((self.plan, kind, batch, window, count), lambda: step(batch, window, count))
+
+    def _run(self, key: Hashable, step: Callable[[], Tensor]) -> Tensor:
+        """Run a step, as a graph where there are any."""
+        workspace = self._workspace
         with torch.inference_mode(), self._on_device():
             if workspace.graphs is None:
-                return step(batch, window, count)
-            key = (self.plan, kind, batch, window, count)
-            return workspace.graphs.run(key, lambda: step(batch, window, count))
+                return step()
+            tables = tuple(table.data_ptr() for table in self.model.rotary_tables)
+            if tables != workspace.tables:
+                # another runner of this model, or a plain forward, needed longer ones, and these are gone
+                workspace.graphs.clear()
+                workspace.tables = tables
+            return workspace.graphs.run(key, step)
 
     # Steps are functions of the static buffers: capturable, same shapes for same arguments.
 
@@ -291,6 +317,15 @@ class Runner:
         attention = ExtendAttention(workspace.cache, self._lengths_within(batch, window, count), window)
         logits: Tensor = self.model(workspace.step_tokens[:batch, :count], attention, plan=self.plan)
         return logits
+
+    def _prompt_step(self, bucket: PromptBucket) -> Tensor:
+        workspace = self._workspace
+        assert workspace.cache is not None
+        chunk, lengths = workspace.prompts.read(bucket)
+        workspace.lengths[: bucket.texts].copy_(lengths)
+        attention = PackedPrefillAttention(workspace.cache, chunk)
+        logits: Tensor = self.model(chunk.tokens, attention, rows=chunk.ends, plan=self.plan)
+        return logits[0]
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
         """Make the model's GPU the current one: kernels and graphs go to the current stream."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from sparsert import ops
+from sparsert.engine.prompt_step import PROMPT_GRAPH_TOKENS, prompt_graph_tokens
 from sparsert.models import DecoderModel
 from sparsert.ops import AttentionShape
 
@@ -40,13 +41,24 @@ def attention_kernel(
         shapes: of the model's attention layers.
 
     Returns:
-        ``fused``, ``torch`` (its operations one by one), or both where layers differ; and on a GPU why, and why prompts
-        of a batch are attended for one by one.
+        ``fused``, ``torch`` (its operations one by one), or both where layers differ; and on a GPU why, why prompts
+        of a batch are attended for one by one, and why short ones are not captured.
     """
     shapes = list(dict.fromkeys(shapes))
     reasons = list(dict.fromkeys(ops.explain_attention(shape, device, dtype) for shape in shapes))
     names = dict.fromkeys("fused" if reason is None else "torch" for reason in reasons)
     passed_over = [f"decode attention runs on torch's operations: {reason}" for reason in reasons if reason is not None]
     of_prompts = dict.fromkeys(ops.explain_packed_attention(shape, device, dtype) for shape in shapes)
-    passed_over += [f"attention of prompts runs text by text: {reason}" for reason in of_prompts if reason is not None]
+    text_by_text = [reason for reason in of_prompts if reason is not None]
+    passed_over += [
+        f"attention of prompts runs text by text, and short prompts are no CUDA graphs: {reason}"
+        for reason in text_by_text
+    ]
+    captured = prompt_graph_tokens(shapes, device, dtype)
+    windows = [shape.sliding_window for shape in shapes if shape.sliding_window is not None]
+    if windows and not text_by_text and captured < PROMPT_GRAPH_TOKENS:
+        passed_over.append(
+            f"prompts of more than {captured} tokens are no CUDA graphs: a text longer than the sliding window of "
+            f"{min(windows)} tokens is attended for alone"
+        )
     return " and ".join(sorted(names)), passed_over if device.type == "cuda" else []

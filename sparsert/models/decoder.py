@@ -232,6 +232,11 @@ class DecoderModel(nn.Module):
         """dtype of activations and values."""
         return self.embed_tokens.weight.dtype
 
+    @property
+    def rotary_tables(self) -> tuple[Tensor, ...]:
+        """All tables of cosines and sines as they are now; :meth:`reserve_positions_` may put others in their place."""
+        return tuple(rotary.get_buffer(name) for rotary in self.rotaries for name in ("cosine", "signed_sine"))
+
     def reserve_positions_(self, length: int) -> None:
         """Make the rotary tables hold at least ``length`` positions; tables that do are left where they are."""
         for rotary in self.rotaries:

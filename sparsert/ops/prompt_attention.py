@@ -43,15 +43,19 @@ class PackedTexts:
     """Where each of several texts lies in packed queries and keys.
 
     Attributes:
-        query_lengths: tokens of each text that attend, at least 1.
-        key_lengths: tokens of each text up to its last query, at least as many.
         query_starts, key_starts: int32 ``[texts + 1]`` on the device: sums of the lengths before each text, and of all.
+        longest_query, longest_key: what no text's length exceeds; a launch is made for these.
+        query_lengths: tokens of each text that attend.
+        key_lengths: tokens of each text up to its last query, at least as many. Both None where only the device knows
+            them, as in a CUDA graph, which must not depend on them.
     """
 
-    query_lengths: tuple[int, ...]
-    key_lengths: tuple[int, ...]
     query_starts: Tensor
     key_starts: Tensor
+    longest_query: int
+    longest_key: int
+    query_lengths: tuple[int, ...] | None = None
+    key_lengths: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, lengths: Sequence[tuple[int, int]], device: torch.device) -> PackedTexts:
@@ -59,7 +63,13 @@ class PackedTexts:
         queries, keys = zip(*lengths, strict=True)
         starts = [list(itertools.accumulate(counts, initial=0)) for counts in (queries, keys)]
         on_device = torch.tensor(starts, dtype=torch.int32).to(device)
-        return cls(queries, keys, on_device[0], on_device[1])
+        return cls(on_device[0], on_device[1], max(queries), max(keys), queries, keys)
+
+    def lengths(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Lengths of queries and of keys; read back, which waits for the device, where the host does not know them."""
+        if self.query_lengths is not None and self.key_lengths is not None:
+            return self.query_lengths, self.key_lengths
+        return self.query_starts.diff().tolist(), self.key_starts.diff().tolist()
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
@@ -100,28 +110,29 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, texts: PackedTexts, shape:
     Args:
         q: ``[all queries, num_heads, head_dim]``, rotated.
         k, v: ``[all keys, num_kv_heads, head_dim]``.
-        texts: which of them belong together.
+        texts: which of them belong together; some may be empty, not all.
         shape: scale, sliding window and soft cap.
 
     Returns:
         ``[all queries, num_heads, head_dim]``.
     """
-    longest = max(texts.key_lengths)
-    sees_all = shape.sliding_window is None or shape.sliding_window >= longest
+    sees_all = shape.sliding_window is None or shape.sliding_window >= texts.longest_key
     if sees_all and explain_packed_attention(shape, q.device, q.dtype) is None:
         varlen = _varlen()
         assert varlen is not None
         # flash attention reads heads value by value; a dense layer of another kind may leave its output transposed
         q, k, v = (part if part.stride(-1) == 1 else part.contiguous() for part in (q, k, v))
         attended: Tensor = varlen(
-            q, k, v, texts.query_starts, texts.key_starts, max(texts.query_lengths), longest, scale=shape.scale,
+            q, k, v, texts.query_starts, texts.key_starts, texts.longest_query, texts.longest_key, scale=shape.scale,
             window_size=(-1, 0),
         )  # fmt: skip
         return attended
-    parts = zip(q.split(texts.query_lengths), k.split(texts.key_lengths), v.split(texts.key_lengths), strict=True)
+    query_lengths, key_lengths = texts.lengths()
+    parts = zip(q.split(query_lengths), k.split(key_lengths), v.split(key_lengths), strict=True)
     attended_parts = [
         causal_attention(queries.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), shape).squeeze(0)
         for queries, keys, values in parts
+        if queries.shape[0] > 0
     ]
     return torch.cat(attended_parts)
 
