@@ -39,6 +39,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--micro-batch", type=int, default=8, help="windows of one forward")
     made.add_argument("--learning-rate", type=float, default=2e-4, help="highest learning rate")
     made.add_argument("--save-every", type=int, default=250, help="updates between saved states")
+    made.add_argument("--compile", action="store_true", help="run blocks through torch.compile while training")
     made.add_argument("--device", default=None, help="cpu, cuda or cuda:N (a GPU if there is one)")
     made.add_argument("--seed", type=int, default=0, help="same seed, same result")
     return made
@@ -131,6 +132,7 @@ class Recipe:
             "learning_rate": arguments.learning_rate,
             "warmup_steps": min(50, arguments.steps // 4),
             "save_every": arguments.save_every,
+            "compile": arguments.compile,
             "device": str(self.device),
             "dtype": "float32",
             "seed": arguments.seed,

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sparsert.compress.anatomy import Anatomy
 from sparsert.compress.optimizer import STATES, make_optimizer
 from sparsert.compress.parallel import Processes
 from sparsert.compress.text import TextWindows
@@ -153,6 +154,12 @@ class StepRecord:
     gradient_norm: float
     tokens: int
     seconds: float
+
+
+def compile_blocks_(anatomy: Anatomy) -> None:
+    """Run each block of a model through ``torch.compile``: one compilation serves all blocks of one shape."""
+    for block in anatomy.blocks:
+        block.compile()
 
 
 class Trainer:

@@ -48,7 +48,6 @@ class LearnMasksOptions(OutputOptions, TrainingJobOptions):
     distillation: float = option(0.0, "share of the loss that is the divergence from the dense model, 0-1")
     logit_dtype: str = option("float32", "number format of the logits", choices=("float32", "bfloat16"))
     recompute: bool = option(False, "compute each block again in the backward pass: less memory, a third more time")
-    compile: bool = option(False, "run each block through torch.compile")
     evaluate_text: tuple[str, ...] = option((), "text files to measure the perplexity of, by the way", metavar="FILE")
     evaluate_every: int = option(500, "updates from one measurement to the next; 0: only after the last")
     evaluate_windows: int = option(32, "windows that are measured, from the start")
@@ -66,7 +65,7 @@ def learn_masks(options: LearnMasksOptions) -> MaskedResult | None:
     from sparsert.compress.anatomy import anatomy_of
     from sparsert.compress.mask_learning import MaskLearner, MaskSettings, recompute_blocks_
     from sparsert.compress.parallel import Processes
-    from sparsert.compress.training import Trainer
+    from sparsert.compress.training import Trainer, compile_blocks_
     from sparsert.errors import InputError
     from sparsert.jobs import masked_output
     from sparsert.jobs.models import checkpoint_fingerprint, load_model, load_tokenizer, open_dense
@@ -108,8 +107,7 @@ def learn_masks(options: LearnMasksOptions) -> MaskedResult | None:
         anatomy = anatomy_of(model)
         learner = MaskLearner(anatomy, settings, prior=prior, keep_dense=options.keep_dense, seed=options.seed)
         if options.compile:
-            for block in anatomy.blocks:
-                block.compile()
+            compile_blocks_(anatomy)
         if options.recompute:
             recompute_blocks_(anatomy)
         del prior

@@ -176,6 +176,7 @@ class _Student:
         from sparsert.compress.anatomy import anatomy_of
         from sparsert.compress.keep_zeros import ZeroKeeper, masks_of
         from sparsert.compress.mask_learning import recompute_blocks_
+        from sparsert.compress.training import compile_blocks_
 
         self.anatomy = anatomy_of(model)
         self.after_update: Callable[[], None] | None = None
@@ -193,6 +194,9 @@ class _Student:
                 keeper = ZeroKeeper(linears)
                 self.after_update = keeper.apply_
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if options.compile:
+            for anatomy in (self.anatomy, *([] if teacher is None else [teacher])):
+                compile_blocks_(anatomy)
         if options.recompute:
             recompute_blocks_(self.anatomy)
         distillation = None if teacher is None else _distillation(self.anatomy, teacher, source, options)

@@ -55,6 +55,7 @@ class TrainingJobOptions(TextOptions, DeviceOptions):
     optimizer_state: str = option(
         "float32", "number format of AdamW's moments", choices=("float32", "bfloat16", "int8")
     )
+    compile: bool = option(False, "run each block through torch.compile: faster steps after half a minute")
     save_every: int = option(500, "updates from one saved state to the next; 0 saves none")
     resume: bool = option(False, "go on with a run of the same options that was killed")
 

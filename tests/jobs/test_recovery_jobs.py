@@ -103,6 +103,21 @@ def test_a_2_4_model_learns_and_stays_2_4(models: Path, tmp_path: Path, job: str
     assert "15 updates" in result.to_text() and not (tmp_path / "out.training" / "state.pt").exists()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_compiled_blocks_learn_the_same(models: Path, tmp_path: Path, train: str) -> None:
+    from torch._dynamo.utils import counters
+
+    losses = []
+    for compiled in (False, True):
+        counters.clear()
+        changes = {"train": train, "compile": compiled, "device": "cuda", "dtype": "float32", "states": True}
+        distill(_options(DistillOptions, models, tmp_path / f"out-{compiled}", steps=4, **changes))
+        losses.append([row["loss"] for row in read_log(tmp_path / f"out-{compiled}.training")])
+        assert bool(counters["frames"]["ok"]) == compiled
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 
