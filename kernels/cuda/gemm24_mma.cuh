@@ -3,7 +3,7 @@
 //
 //   * Outputs are the rows of the product and tokens its columns. A block has a tile of both, each warp 64 outputs of it:
 //     so a gate and its factor, whose row tiles stand in turn, meet in one thread.
-//   * Shared memory hands out 128 bytes a clock, and 64 outputs x 64 tokens a warp are what it can feed at the sparse
+//   * Shared memory moves 128 bytes a clock, and 64 outputs x 64 tokens a warp are what it can just feed at the sparse
 //     rate of an A100; from L2 256 x 128 a block are. Weights take fewer bytes than activations, so tiles are tall.
 //   * Weights, metadata and activations are copied asynchronously, 16 bytes a thread, into a ring whose stages are 32
 //     inputs deep. Weights lie there as they are stored, 16 bytes a lane a whole A operand; activations are swizzled for
