@@ -126,8 +126,8 @@ struct Copies {
     }
   }
 
-  // Asks for a stage, in turn, and with the first one of a chunk for its metadata. Tokens past M and inputs past K become zeros:
-  // those inputs meet weights of zero, which a NaN would survive.
+  // Asks for a stage, in turn, and with the first one of a chunk for its metadata. Tokens past M and inputs past K become
+  // zeros: those inputs meet weights of zero, and a NaN times zero is a NaN.
   __device__ __forceinline__ void request(const KernelArguments& p, int step) {
     if (step < steps) {
       const uint32_t stage = ring + step % kStages * S::kStageBytes, to = stage + threadIdx.x * 16;
