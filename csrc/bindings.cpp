@@ -134,6 +134,45 @@ std::vector<std::tuple<std::string, int, int, bool>> gemm24_configs() {
   return configs;
 }
 
+// named: (config, splits) instead of the chosen ones, for tuning and for tests that cover every config.
+sparsert::Gemm24MmaChoice gemm24_mma_choice(int M, int N, int K, const std::optional<std::tuple<int, int>>& named) {
+  if (!named) return sparsert::select_gemm24_mma(M, N, K, sparsert::current_device_facts());
+  return {std::get<0>(*named), std::get<1>(*named)};
+}
+
+int64_t gemm24_mma_workspace(int M, int N, int K, const std::optional<std::tuple<int, int>>& named) {
+  return sparsert::gemm24_mma_workspace_bytes(gemm24_mma_choice(M, N, K, named), M, N);
+}
+
+// (config, splits, both in words)
+std::tuple<int, int, std::string> gemm24_mma_choice_for(int M, int N, int K, int multiprocessors, int capability) {
+  const sparsert::Gemm24MmaChoice choice = sparsert::select_gemm24_mma(M, N, K, {multiprocessors, capability});
+  std::string name = sparsert::gemm24_mma_config_name(choice.config);
+  if (choice.splits > 1) name += ", inputs split over " + std::to_string(choice.splits) + " blocks";
+  return {choice.config, choice.splits, name};
+}
+
+void gemm24_mma_cuda(uintptr_t values, uintptr_t metadata, uintptr_t x, uintptr_t bias, uintptr_t y, int M, int N, int K,
+                     int64_t ldx, int activation, bool gated, uintptr_t workspace, int dtype, uintptr_t stream,
+                     const std::optional<std::tuple<int, int>>& named) {
+  sparsert::Gemm24Arguments arguments{pointer<void>(values), pointer<uint32_t>(metadata), pointer<void>(x),
+                                      pointer<void>(bias),   pointer<void>(y),            M, N, K, ldx,
+                                      static_cast<sparsert::DType>(dtype)};
+  arguments.activation = static_cast<sparsert::Activation>(activation);
+  arguments.gated = gated;
+  arguments.workspace = pointer<void>(workspace);
+  check(sparsert::gemm24_mma(arguments, gemm24_mma_choice(M, N, K, named), pointer<void>(stream)), "gemm24_mma");
+}
+
+// (name, outputs and tokens of a block) of each config.
+std::vector<std::tuple<std::string, int, int>> gemm24_mma_configs() {
+  std::vector<std::tuple<std::string, int, int>> configs;
+  for (int i = 0; i < sparsert::gemm24_mma_config_count(); ++i)
+    configs.emplace_back(sparsert::gemm24_mma_config_name(i), sparsert::gemm24_mma_config_outputs(i),
+                         sparsert::gemm24_mma_config_tokens(i));
+  return configs;
+}
+
 // Parts of the squares that linear24_step_cuda writes for each batch row.
 int linear24_parts(int M, int N, int K) {
   return sparsert::linear24_blocks(sparsert::select_linear24(M, N, K, sparsert::current_device_facts()), N);
@@ -281,6 +320,13 @@ PYBIND11_MODULE(_C, module) {
   module.def("gemm24_workspace", &gemm24_workspace, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("named") = py::none());
   module.def("gemm24_choice", &gemm24_choice_name);
   module.def("gemm24_configs", &gemm24_configs);
+  module.def("gemm24_mma_cuda", &gemm24_mma_cuda, py::arg("values"), py::arg("metadata"), py::arg("x"), py::arg("bias"),
+             py::arg("y"), py::arg("M"), py::arg("N"), py::arg("K"), py::arg("ldx"), py::arg("activation"),
+             py::arg("gated"), py::arg("workspace"), py::arg("dtype"), py::arg("stream"), py::arg("named") = py::none());
+  module.def("gemm24_mma_workspace", &gemm24_mma_workspace, py::arg("M"), py::arg("N"), py::arg("K"),
+             py::arg("named") = py::none());
+  module.def("gemm24_mma_choice", &gemm24_mma_choice_for);
+  module.def("gemm24_mma_configs", &gemm24_mma_configs);
   module.def("linear24_parts", &linear24_parts);
   module.def("activation_tiles", &sparsert::activation_tiles);
   module.def("linear24_override", &sparsert::override_linear24);

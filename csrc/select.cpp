@@ -9,7 +9,8 @@
 
 // On Hopper and datacentre Blackwell a small measured table decides; a shape that is not in it takes the choice of
 // the nearest one that is, where near means a small ratio of outputs and of inputs. Nothing is tuned at run time.
-// Other GPUs get the small tile that fits their shared memory (not tuned: no such GPU was at hand).
+// Other GPUs get the small tile that fits their shared memory, and for prompts what a small model of their time says
+// (neither is tuned: no such GPU was at hand).
 
 namespace sparsert {
 namespace {
@@ -45,6 +46,21 @@ struct GemmRow {
 constexpr GemmRow kGemmTable[] = {
 #include "gemm24_table.inc"
 };
+
+// Of gemm24_mma, in the order of its configs: blocks that a multiprocessor holds with 160 KB of shared memory and with
+// 100 KB, and the share of the tensor cores' rate that one, two and three of them reach.
+struct MmaConfigFacts {
+  int resident, resident_small;
+  double rate[3];
+};
+constexpr MmaConfigFacts kMmaConfigs[] = {
+    {1, 1, {0.80, 0.80, 0.80}},
+    {2, 1, {0.60, 0.75, 0.75}},
+    {3, 2, {0.40, 0.55, 0.60}},
+};
+constexpr double kMmaStartClocks = 3000;       // of a block: first copies, writing of outputs
+constexpr double kMmaAddClocks = 4000;         // of the kernel that adds up split inputs
+constexpr double kMmaAddBytesPerClock = 20;    // of a multiprocessor: sums are written once and read once
 
 // (N, K, place of the batch) -> choice; empty but while tuning
 std::map<std::array<int, 3>, Linear24Choice> overrides;
@@ -110,6 +126,39 @@ Gemm24Choice select_gemm24(int M, int N, int K, const DeviceFacts& device) {
   const int tokens = gemm24_config_tokens(choice.config);
   if ((M + tokens - 1) / tokens > std::min(kGemmMostTokenTiles, device.multiprocessors / choice.cluster)) choice.even = false;
   return choice;
+}
+
+// The least by a model of the clocks of a multiprocessor. It knows that the last round may be half empty, that one block
+// of few warps does not fill a multiprocessor, and what split inputs cost; not that some GPUs have more bandwidth.
+Gemm24MmaChoice select_gemm24_mma(int M, int N, int K, const DeviceFacts& device) {
+  const int chunks = (K + kChunk - 1) / kChunk;
+  const bool large = device.capability == 80 || (device.capability >= 90 && device.capability < 120);
+  const double products_per_clock = large ? 2048 : 1024;
+  Gemm24MmaChoice best = {0, 1};
+  double least = 0;
+  for (int config = 0; config < gemm24_mma_config_count(); ++config) {
+    const MmaConfigFacts& facts = kMmaConfigs[config];
+    const int outputs = gemm24_mma_config_outputs(config), tokens = gemm24_mma_config_tokens(config);
+    const int64_t tiles = int64_t((N + outputs - 1) / outputs) * ((M + tokens - 1) / tokens);
+    const int resident = large ? facts.resident : facts.resident_small;
+    const double chunk_clocks = double(outputs) * tokens * kChunk / products_per_clock;
+    const int most = tiles < 2 * device.multiprocessors ? std::min(kMaxSplits, chunks) : 1;
+    for (int splits = 1; splits <= most; ++splits) {
+      const int64_t blocks = (tiles * splits + device.multiprocessors - 1) / device.multiprocessors;  // of the busiest
+      const int together = static_cast<int>(std::min<int64_t>(blocks, resident));
+      const int deepest = (chunks + splits - 1) / splits;
+      double clocks = blocks * deepest * chunk_clocks / facts.rate[together - 1] +
+                      (blocks + resident - 1) / resident * kMmaStartClocks;
+      if (splits > 1)
+        clocks += kMmaAddClocks + 2.0 * gemm24_mma_workspace_bytes({config, splits}, M, N) /
+                                      (kMmaAddBytesPerClock * device.multiprocessors);
+      if (least == 0 || clocks < least) {
+        least = clocks;
+        best = {config, splits};
+      }
+    }
+  }
+  return best;
 }
 
 void override_linear24(int N, int K, int batch, int config, int splits) {

@@ -19,6 +19,9 @@ Linear24Choice select_linear24(int M, int N, int K, const DeviceFacts& device, b
 // For a Hopper GPU, with or without a gate.
 Gemm24Choice select_gemm24(int M, int N, int K, const DeviceFacts& device);
 
+// For any GPU from sm_80.
+Gemm24MmaChoice select_gemm24_mma(int M, int N, int K, const DeviceFacts& device);
+
 // For tuning: from now on a layer of this shape runs this way at batches up to `batch` (one of the table's) and above
 // the next smaller one. config -1 forgets it.
 void override_linear24(int N, int K, int batch, int config, int splits);

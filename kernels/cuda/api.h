@@ -61,7 +61,7 @@ int linear24_blocks(Linear24Choice choice, int N);
 int linear24_max_batch();
 int linear24(const Linear24Arguments& arguments, Linear24Choice choice, bool dependent_launch, void* stream);
 
-// Prompts and large batches, on a Hopper GPU.
+// Prompts and large batches.
 struct Gemm24Arguments {
   const void* values;        // as in Linear24Arguments
   const uint32_t* metadata;
@@ -73,12 +73,12 @@ struct Gemm24Arguments {
   DType dtype;               // bf16 or fp16, of values, x, bias and y alike
   Activation activation = Activation::kNone;
   bool gated = false;        // as in Linear24Arguments; N is a multiple of 32
-  // gemm24_workspace_bytes(), 16-byte aligned, of any content; must not be shared with a launch that may run at a time
+  // gemm24_workspace_bytes() or gemm24_mma_workspace_bytes(), 16-byte aligned, of any content; must not be shared with a launch that may run at a time
   // with this one.
   void* workspace = nullptr;
 };
 
-// Which instantiation, and how many blocks make a cluster: by some configs they share activations, by others the inputs
+// On a Hopper GPU: which instantiation, and how many blocks make a cluster: by some configs they share activations, by others the inputs
 // are split over them.
 struct Gemm24Choice {
   int config;
@@ -93,6 +93,20 @@ int gemm24_config_tokens(int config);
 bool gemm24_config_splits(int config);  // the others want rows of y whose bytes are a multiple of 16
 int64_t gemm24_workspace_bytes(Gemm24Choice choice, int multiprocessors);
 int gemm24(const Gemm24Arguments& arguments, Gemm24Choice choice, int multiprocessors, bool dependent_launch, void* stream);
+
+// On any GPU from sm_80: which instantiation, and over how many blocks the inputs are split, at most one a 256 inputs.
+struct Gemm24MmaChoice {
+  int config;
+  int splits;
+};
+
+int gemm24_mma_config_count();
+const char* gemm24_mma_config_name(int config);
+int gemm24_mma_config_outputs(int config);
+int gemm24_mma_config_tokens(int config);
+int64_t gemm24_mma_workspace_bytes(Gemm24MmaChoice choice, int M, int N);
+// y is 16-byte aligned; no activation, or SiLU with a gate.
+int gemm24_mma(const Gemm24Arguments& arguments, Gemm24MmaChoice choice, void* stream);
 
 struct DenseLinearArguments {
   const void* weight;  // [N, K] contiguous

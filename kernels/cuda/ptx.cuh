@@ -17,6 +17,11 @@ __device__ __forceinline__ void copy_async_16(uint32_t to, const void* from, int
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+// The same, and L2 fetches the whole 128-byte line: for rows of which the next bytes are the next stage's.
+__device__ __forceinline__ void copy_async_line_16(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
 // 8 and 4 bytes, for activations whose rows are only 8-byte aligned and for left-over metadata.
 __device__ __forceinline__ void copy_async_8(uint32_t to, const void* from, int bytes = 8) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");

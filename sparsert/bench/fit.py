@@ -38,9 +38,6 @@ examples:
   sparsert bench fit --arch llama-2-13b --remove-blocks 10 --corners --memory 24GB --lengths 128/512 --batch 1,8
 """
 
-#: Rows beyond which a packed weight is unpacked for the call (``sparsert.ops.linear24``).
-_UNPACK_ROWS = 64
-
 #: Workspaces of cuBLAS and what the allocator cannot give out of its last blocks: a rule of thumb, not measured yet.
 _RESERVE_BYTES = 128_000_000
 
@@ -252,7 +249,7 @@ class _BytesNeeded:
         norm = hidden * (2 * size + 3 * 4)  # in fp32
         widest = tokens * max(mlp, attention, norm)
         unpacked = 0
-        if self.subject.sparse and tokens > _UNPACK_ROWS:
+        if self.subject.sparse and size == 4:  # in fp32 no GPU kernel takes a packed weight (sparsert.ops.linear24)
             joined = max(2 * config.intermediate_size, heads + config.num_kv_heads * config.head_dim)
             unpacked = max(joined * hidden, config.intermediate_size * hidden) * size
         return widest + unpacked + batch * config.vocab_size * (2 * size + 4)

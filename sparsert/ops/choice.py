@@ -47,7 +47,11 @@ CAPABILITIES: tuple[Capability, ...] = (
         "CUDA, sparse tensor cores on the packed weight",
     ),
     Capability(
-        "triton", "triton", ("cuda",), (torch.bfloat16, torch.float16), 64,
+        "mma_sp_gemm", "native", ("cuda",), (torch.bfloat16, torch.float16), None,
+        "CUDA, sparse tensor cores on the packed weight in large tiles, for prompts and large batches",
+    ),
+    Capability(
+        "triton", "triton", ("cuda",), (torch.bfloat16, torch.float16), None,
         "Triton, decompressed in registers, dense tensor cores",
     ),
     Capability(
@@ -70,7 +74,7 @@ class Choice:
     """What runs and why.
 
     Attributes:
-        kernel: ``wgmma_sp``, ``mma_sp``, ``triton``, ``cpu`` or ``unpack``.
+        kernel: ``wgmma_sp``, ``mma_sp``, ``mma_sp_gemm``, ``triton``, ``cpu`` or ``unpack``.
         summary: what that is, in words.
         rejected: (kernel, reason) of every preferred kernel that could not run.
     """
@@ -96,7 +100,7 @@ def _unavailable(kernel: str, device: torch.device) -> str | None:
     if kernel == "cpu":
         reason = None if native.module() is not None else native.status()["reason"]
         return f"unavailable: {reason}" if reason else None
-    if kernel in ("mma_sp", "wgmma_sp"):
+    if kernel in ("mma_sp", "mma_sp_gemm", "wgmma_sp"):
         reason = native.cuda_reason(device)
         return f"unavailable: {reason}" if reason else None
     if kernel == "triton" and importlib.util.find_spec("triton") is None:
@@ -136,7 +140,7 @@ def choose(
     ``weights``, ``out_features * in_features``, tells small layers; None: it is not one.
 
     A backend named explicitly restricts the table to its rows, plus ``unpack`` for batches beyond what
-    its kernel takes, since that is how every backend serves a prompt for now.
+    its kernel takes: that is how a CPU serves a prompt.
 
     Raises:
         InputError: unknown backend.

@@ -3,8 +3,8 @@
 Registered with ``torch.library.Library`` rather than ``custom_op``: half the host time per call, and at
 batch 1 a 7B model makes 224 calls a token. The operator is opaque to ``torch.compile`` (fullgraph is
 fine), allocates through torch's caching allocator only, and never waits for the GPU, so it can be
-captured. Where no kernel takes so many rows (GPUs other than Hopper, above 64), the weight is unpacked into a scratch
-that lives for this call only.
+captured. Where no kernel takes it (float32 on a GPU, more than a few rows on a CPU), the weight is unpacked into a
+scratch that lives for this call only.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from sparsert.ops.choice import Choice, choose
 from sparsert.ops.norm import DeferredNorm, residual_norm
 from sparsert.ops.pack import choose_packer, dtype_code, unpack_into
 from sparsert.ops.tiles import Tiled, empty_tiles, to_rows, worth_tiling
+
+#: Kernels for prompts and large batches, and what the extension calls them. All take a SiLU gate behind the layer.
+_GEMMS = {"wgmma_sp": "gemm24", "mma_sp_gemm": "gemm24_mma"}
 
 _library = torch.library.Library("sparsert", "DEF")
 _library.define(
@@ -68,7 +71,8 @@ def _mma_sp_linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | N
     return y
 
 
-def _wgmma_sp_linear(
+def _gemm_linear(
+    kernel: str,
     x: Tensor,
     values: Tensor,
     metadata: Tensor,
@@ -79,15 +83,16 @@ def _wgmma_sp_linear(
     kind: int = -1,
     gated: bool = False,
 ) -> Tensor:
-    # the copy engine reads rows of x of 16-byte multiples; inputs that are added meet weights of zero
+    """By one of :data:`_GEMMS`."""
+    # they read rows of x of 16-byte multiples; inputs that are added meet weights of zero
     x = torch.nn.functional.pad(x, (0, -columns % 8)) if columns % 8 else native.aligned_rows(x, 16)
     batch, width = x.shape
     y = torch.empty((batch, rows // 2 if gated else rows), dtype=x.dtype, device=x.device)
     extension: Any = native.module()
     with torch.cuda.device(x.device):
-        size = extension.gemm24_workspace(batch, rows, width)
+        size = getattr(extension, f"{_GEMMS[kernel]}_workspace")(batch, rows, width)
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device) if size else None
-        extension.gemm24_cuda(
+        getattr(extension, f"{_GEMMS[kernel]}_cuda")(
             values.data_ptr(), metadata.data_ptr(), x.data_ptr(), native.address(bias), y.data_ptr(), batch, rows,
             width, x.stride(0), kind, gated, native.address(workspace), dtype_code(x.dtype), native.stream(x.device),
         )  # fmt: skip
@@ -110,8 +115,8 @@ def _linear24_impl(
     choice = choose(x.device, x.dtype, flat.shape[0], backend, out_features * in_features)
     if choice.is_fallback:
         _warn_fallback(next(why for _, why in choice.rejected if why.startswith("unavailable")))
-    if choice.kernel == "wgmma_sp":
-        y = _wgmma_sp_linear(flat, values, metadata, bias, out_features, in_features)
+    if choice.kernel in _GEMMS:
+        y = _gemm_linear(choice.kernel, flat, values, metadata, bias, out_features, in_features)
     elif choice.kernel == "mma_sp":
         y = _mma_sp_linear(flat, values, metadata, bias, out_features, in_features)
     elif choice.kernel == "cpu":
@@ -255,12 +260,13 @@ def linear24_open(
     assert not isinstance(given, DeferredNorm)
     if not fuses24(given, backend):
         rows = to_rows(given) if norm is None else norm.resolve()
-        if gated and activation == "silu" and _runs_on_wgmma(rows, packed, backend):
+        kernel = _gemm_kernel(rows, packed, backend) if gated and activation == "silu" else None
+        if kernel is not None:
             check_linear24(rows, packed, bias)
             flat = rows.reshape(-1, packed.in_features)
-            y = _wgmma_sp_linear(
-                flat, packed.values, packed.metadata, bias, packed.out_features, packed.in_features,
-                kind=ACTIVATIONS.index(activation), gated=True,
+            y = _gemm_linear(
+                kernel, flat, packed.values, packed.metadata, bias, packed.out_features, packed.in_features,
+                kind=ACTIVATIONS.index("silu"), gated=True,
             )  # fmt: skip
             return y.view((*rows.shape[:-1], -1))
         y = linear24(rows, packed, bias, backend=backend)
@@ -331,10 +337,13 @@ def fuses24(x: Tensor | Tiled, backend: str = "auto") -> bool:
     return rows > 0 and native.fuses(data) and choose(data.device, data.dtype, rows, backend).kernel == "mma_sp"
 
 
-def _runs_on_wgmma(x: Tensor, packed: Packed24, backend: str) -> bool:
-    """Whether the kernel for prompts runs a packed layer, and may be called without the operator around it."""
+def _gemm_kernel(x: Tensor, packed: Packed24, backend: str) -> str | None:
+    """The kernel for prompts that runs a packed layer and may be called without the operator around it, or None."""
     rows, weights = x.shape[:-1].numel(), packed.out_features * packed.in_features
-    return rows > 0 and native.fuses(x) and choose(x.device, x.dtype, rows, backend, weights).kernel == "wgmma_sp"
+    if rows == 0 or not native.fuses(x):
+        return None
+    kernel = choose(x.device, x.dtype, rows, backend, weights).kernel
+    return kernel if kernel in _GEMMS else None
 
 
 def _data(x: Tensor | Tiled) -> Tensor:
@@ -408,9 +417,12 @@ def explain(
         raise UnsupportedError("device='cuda': torch sees no CUDA device here; use device='cpu'")
     choice = choose(device, dtype, batch, backend, out_features * in_features)
     extension: Any = native.module()
-    multiprocessors, capability = _device_facts(device) if choice.kernel in ("mma_sp", "wgmma_sp") else (0, 0)
+    on_gpu = choice.kernel in ("mma_sp", *_GEMMS)
+    multiprocessors, capability = _device_facts(device) if on_gpu else (0, 0)
     if choice.kernel == "wgmma_sp":
         tile = extension.gemm24_choice(batch, out_features, in_features, multiprocessors)
+    elif choice.kernel == "mma_sp_gemm":
+        *_, tile = extension.gemm24_mma_choice(batch, out_features, in_features, multiprocessors, capability)
     elif choice.kernel == "mma_sp":
         tile = extension.linear24_choice(batch, out_features, in_features, multiprocessors, capability)
     else:

@@ -66,9 +66,13 @@ def test_float32(shape: tuple[int, int], batch: int, device: str) -> None:
     assert_as_good_as_torch(run(x, packed, bias), x, weight, bias)
 
 
-def test_more_than_64_rows(device: str) -> None:
-    x, packed, weight, bias = make((40, 132), 131, torch.float16, device)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "batch"), [((40, 132), 131), ((150, 100), 300)])
+def test_prompts(shape: tuple[int, int], batch: int, dtype: torch.dtype, device: str) -> None:
+    """Several tiles of rows, the last of them not full, and on a GPU split inputs."""
+    x, packed, weight, bias = make(shape, batch, dtype, device)
     assert_as_good_as_torch(run(x, packed, bias), x, weight, bias)
+    assert_as_good_as_torch(run(x, packed, split_k=2), x, weight, None)
 
 
 @pytest.mark.parametrize("dtype", SUPPORTED_DTYPES)

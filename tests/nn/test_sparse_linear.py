@@ -140,7 +140,7 @@ def test_no_dense_copy_is_left() -> None:
     del linear
     sparsify_(model)
     x = torch.randn(1, 4096, device="cuda", dtype=torch.bfloat16)
-    for batch in (1, 64, 128):  # also after the unpacking path ran once
+    for batch in (1, 64, 128):  # by the kernels for decoding and for prompts
         model(x.expand(batch, -1).contiguous())
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() - before - x.nbytes <= 0.57 * dense

@@ -1,4 +1,4 @@
-"""The kernel for prompts and large batches: every config against float64 on a GPU, its choice everywhere."""
+"""The kernel for prompts and large batches on Hopper: every config against float64 on a GPU; which kernel runs what."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from sparsert.ops import choice as choice_module
 from sparsert.ops import native
 from sparsert.ops.pack import dtype_code
 
-#: Of a Hopper GPU: rows 17 and more by wgmma.sp; of an Ampere GPU: up to 64 by mma.sp.
+#: Of a Hopper GPU: rows 17 and more by wgmma.sp; of others: mma.sp, above 64 in large tiles.
 EXPECTED = {
     (9, 0): {1: "mma_sp", 16: "mma_sp", 17: "wgmma_sp", 64: "wgmma_sp", 65: "wgmma_sp", 9000: "wgmma_sp"},
-    (8, 0): {1: "mma_sp", 16: "mma_sp", 17: "mma_sp", 64: "mma_sp", 65: "unpack", 9000: "unpack"},
+} | {
+    capability: {1: "mma_sp", 16: "mma_sp", 17: "mma_sp", 64: "mma_sp", 65: "mma_sp_gemm", 9000: "mma_sp_gemm"}
+    for capability in ((8, 0), (8, 6), (8, 9), (10, 0), (12, 0))
 }
 
 
@@ -32,12 +34,28 @@ def test_choice_by_gpu_and_rows(capability: tuple[int, int], monkeypatch: pytest
             assert choice.kernel == kernel and not choice.is_fallback
         small = str(choice_module.choose(device, torch.bfloat16, 3))
         assert ("not wgmma_sp: takes no less than 17 rows of input, not 3" in small) == (capability == (9, 0))
-        assert ("not wgmma_sp: runs on GPUs of compute capability 9.0 only" in small) == (capability == (8, 0))
+        assert ("not wgmma_sp: runs on GPUs of compute capability 9.0 only" in small) == (capability != (9, 0))
         assert choice_module.choose(device, torch.float32, 100).kernel == "unpack"
+        assert choice_module.choose(device, torch.float16, 5000, "triton").kernel == "triton"
         # small layers stay with mma.sp a little longer
         small_layer = 576 * 1536
         for rows, kernel in {17: "mma_sp", 32: "mma_sp", 33: EXPECTED[capability][64]}.items():
             assert choice_module.choose(device, torch.bfloat16, rows, "native", small_layer).kernel == kernel
+    finally:
+        choice_module._unavailable.cache_clear()
+        choice_module.choose.cache_clear()
+
+
+def test_without_cuda_kernels_triton_serves_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(native, "cuda_reason", lambda device: "built without CUDA kernels")
+    choice_module._unavailable.cache_clear()
+    choice_module.choose.cache_clear()
+    try:
+        choice = choice_module.choose(torch.device("cuda"), torch.bfloat16, 3000)
+        assert choice.kernel == "triton" and choice.is_fallback
+        assert "not mma_sp_gemm: unavailable: built without CUDA kernels" in str(choice)
     finally:
         choice_module._unavailable.cache_clear()
         choice_module.choose.cache_clear()
