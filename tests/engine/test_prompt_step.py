@@ -53,7 +53,7 @@ class FrozenSteps:
         if self.last is not None and self.last.is_floating_point():
             self.last.fill_(math.nan)
         if key not in self.steps:
-            self.capture_s += 0.25
+            self.capture_s += 1000
         self.last = self.steps.setdefault(key, step)()
         return self.last
 
@@ -229,9 +229,9 @@ def test_times_of_captures_stand_apart(model: DecoderModel) -> None:
     runner, steps = bucketed(model)
     text = GrowingText(0, random_prompts([9])[0], 3, frozenset(), (), None)
     timings = generate_batch(runner, [text], SamplingParams(max_new_tokens=3))
-    # the captures did not really take their 0.25 s, which were subtracted
-    assert timings.capture_ms == 500 and timings.prefill_ms < 0 == timings.decode_ms
-    assert runner.capture_s == 0.5 and runner.graph_count == len(steps) == 2
+    # the captures did not really take their 1,000 s, which were subtracted
+    assert timings.capture_ms == 2e6 and timings.prefill_ms < 0 == timings.decode_ms
+    assert runner.capture_s == 2000 and runner.graph_count == len(steps) == 2
 
 
 def test_what_a_bucket_holds() -> None:
