@@ -1,6 +1,7 @@
 """Files <-> tensors: model directories, hub ids, mask files, the writer, and what `sparsert inspect` shows."""
 
 from sparsert.checkpoint.convert import ConvertSummary, convert_checkpoint
+from sparsert.checkpoint.default_masks import DefaultMasks, read_default_masks
 from sparsert.checkpoint.default_model import DEFAULT_MODEL, fetch_default_model
 from sparsert.checkpoint.hub import resolve_checkpoint
 from sparsert.checkpoint.inspect import CheckpointReport, TensorReport, inspect_checkpoint
@@ -15,6 +16,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointReport",
     "ConvertSummary",
+    "DefaultMasks",
     "Form",
     "MaskFile",
     "PruneSummary",
@@ -26,6 +28,7 @@ __all__ = [
     "open_checkpoint",
     "prune_checkpoint",
     "pruned_config",
+    "read_default_masks",
     "read_maskllm",
     "rename_block",
     "resolve_checkpoint",
