@@ -181,6 +181,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.text is None and arguments.tasks is None:
         raise InputError("there is nothing to measure; give --text FILE for its perplexity, or --tasks NAMES, or both")
     text = None if arguments.text is None else _read_text("--text", arguments.text)
+    if text is not None and not text.strip():
+        raise InputError(f"--text {arguments.text}: holds no text; give a file with some text in it")
     run_tasks = None if arguments.tasks is None else _import_lm_eval()
     blocks = _parse_block_options(arguments)
     from sparsert.evaluate import PerplexityProtocol, measure_perplexity
@@ -195,6 +197,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if text is not None:
         result = measure_perplexity(llm, text, protocol, batch_size=arguments.batch_size, progress=True)
         record["perplexity"] = {"text": arguments.text, **result.to_dict()}
+        if result.text_tokens + (result.bos == "window") < result.window:
+            _say(
+                f"note: the text has {result.text_tokens} tokens and a window takes {result.window}, so it was read as "
+                "one shorter window; that makes its perplexity higher than in whole windows"
+            )
         if not arguments.json:
             print(
                 f"perplexity {result.perplexity:.4f} of {arguments.text}: {result.scored_tokens:,} tokens scored in "

@@ -6,7 +6,7 @@ from sparsert.checkpoint.default_model import DEFAULT_MODEL, fetch_default_model
 from sparsert.checkpoint.hub import resolve_checkpoint
 from sparsert.checkpoint.inspect import CheckpointReport, TensorReport, inspect_checkpoint
 from sparsert.checkpoint.masks import MaskFile, read_maskllm, write_maskllm
-from sparsert.checkpoint.prune import PruneSummary, prune_checkpoint
+from sparsert.checkpoint.prune import PruneSummary, check_not_pruned, prune_checkpoint
 from sparsert.checkpoint.reader import Checkpoint, block_of, open_checkpoint, rename_block
 from sparsert.checkpoint.writer import TARGETS, Form, pruned_config, write_checkpoint
 
@@ -22,6 +22,7 @@ __all__ = [
     "PruneSummary",
     "TensorReport",
     "block_of",
+    "check_not_pruned",
     "convert_checkpoint",
     "fetch_default_model",
     "inspect_checkpoint",
