@@ -1,8 +1,6 @@
 """Four ways to a 2:4 mask of one model, one table: perplexity, time and memory of each.
 
-    python examples/compare_masks.py --model SmolLM2-135M-Instruct --text corpus.jsonl --validation wikitext2-valid.txt
-    \
-        --work OUT
+    python examples/compare_masks.py --model DIR --text corpus.jsonl --validation wikitext2-valid.txt --work OUT
 
 makes, under OUT, a checkpoint and a mask file by magnitude, Wanda, SparseGPT (its mask alone, and with the weights
 updated) and by learning (MaskLLM, starting from SparseGPT's mask), measures every one of them on text that none of them

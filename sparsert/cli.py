@@ -40,10 +40,8 @@ EXIT_BROKEN_PIPE = 141
 #: Options of generate that are passed on to SamplingParams when they are given.
 _SAMPLING_OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
-_MAGNITUDE_NOTE = (
-    "note: no --model given, so this is {model} with a 2:4 magnitude mask and no training after it; that destroys "
-    "a model of this size (perplexity 20 -> 4412 on WikiText-2), so expect odd text: it shows that the path works"
-)
+#: What --masks says instead of a file to leave a model as it is.
+_NO_MASKS = "none"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,24 +110,7 @@ def generate(arguments: argparse.Namespace) -> None:
         ignore_eos=arguments.ignore_eos,
         **{name: value for name, value in options.items() if value is not None},
     )
-    model, mask_maker = arguments.model, None
-    if model is None:
-        from sparsert.checkpoint import DEFAULT_MODEL, fetch_default_model
-
-        model = str(fetch_default_model(notify=_say))
-        if arguments.masks is None:
-            from sparsert.compress import magnitude_mask
-
-            mask_maker = magnitude_mask
-            _say(_MAGNITUDE_NOTE.format(model=DEFAULT_MODEL))
-    llm = _load_llm(
-        model,
-        arguments,
-        blocks,
-        max_length=arguments.max_length,
-        mask_maker=mask_maker,
-        progress=sys.stderr.isatty(),
-    )
+    llm = _load_llm(arguments, blocks, max_length=arguments.max_length, progress=sys.stderr.isatty())
     draft_plan = None
     if draft_blocks is not None:
         # a draft costs time, never quality: no block is guarded, and what the model skips the draft skips as well
@@ -165,15 +146,26 @@ def generate(arguments: argparse.Namespace) -> None:
     _say_timings(completions)
 
 
-def _load_llm(model: str, arguments: argparse.Namespace, blocks: _BlockOptions, **more: Any) -> LLM:
+def _load_llm(arguments: argparse.Namespace, blocks: _BlockOptions, **more: Any) -> LLM:
     """The model that the options ask for; what only some commands know comes as further arguments."""
+    from sparsert.checkpoint import DEFAULT_MODEL, fetch_default_model
     from sparsert.engine import LLM
 
+    model, masks = arguments.model, arguments.masks
+    if model is None:
+        base = fetch_default_model(notify=_say)  # what it does is told here; LLM then finds it in the cache
+        if masks == _NO_MASKS:
+            model = base
+        elif masks is None:
+            _say(
+                f"note: no --model given, so this is {DEFAULT_MODEL} under the 2:4 masks that come with sparsert; "
+                f"--masks {_NO_MASKS} runs it unpruned"
+            )
     return LLM(
         model,
         device=arguments.device,
         dtype=arguments.dtype,
-        masks=arguments.masks,
+        masks=None if masks == _NO_MASKS else masks,
         remove_blocks=blocks.removed,
         block_order=blocks.order,
         skip_attention=blocks.skip_attention,
@@ -189,6 +181,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.text is None and arguments.tasks is None:
         raise InputError("there is nothing to measure; give --text FILE for its perplexity, or --tasks NAMES, or both")
     text = None if arguments.text is None else _read_text("--text", arguments.text)
+    if text is not None and not text.strip():
+        raise InputError(f"--text {arguments.text}: holds no text; give a file with some text in it")
     run_tasks = None if arguments.tasks is None else _import_lm_eval()
     blocks = _parse_block_options(arguments)
     from sparsert.evaluate import PerplexityProtocol, measure_perplexity
@@ -198,11 +192,16 @@ def evaluate(arguments: argparse.Namespace) -> None:
     )
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size}: it must be at least 1")
-    llm = _load_llm(arguments.model, arguments, blocks, progress=True)
+    llm = _load_llm(arguments, blocks, progress=True)
     record: dict[str, Any] = {"model": llm.summary()}
     if text is not None:
         result = measure_perplexity(llm, text, protocol, batch_size=arguments.batch_size, progress=True)
         record["perplexity"] = {"text": arguments.text, **result.to_dict()}
+        if result.text_tokens + (result.bos == "window") < result.window:
+            _say(
+                f"note: the text has {result.text_tokens} tokens and a window takes {result.window}, so it was read as "
+                "one shorter window; that makes its perplexity higher than in whole windows"
+            )
         if not arguments.json:
             print(
                 f"perplexity {result.perplexity:.4f} of {arguments.text}: {result.scored_tokens:,} tokens scored in "

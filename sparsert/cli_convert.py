@@ -24,16 +24,19 @@ def mask_method(
     arguments: argparse.Namespace, checkpoint: Checkpoint
 ) -> tuple[str, Callable[[str, Tensor], Tensor] | None, frozenset[str]]:
     """Name of the method that makes masks, what makes them, and the weights for which there is none."""
+    from sparsert.checkpoint import check_not_pruned, read_maskllm
+
     if arguments.masks is None:
         from sparsert.compress import magnitude_mask
 
         method = arguments.method or "magnitude"
-        maker = None if method == "none" else lambda name, weight: magnitude_mask(weight, name=name)
-        return method, maker, frozenset()
+        if method == "none":
+            return method, None, frozenset()
+        check_not_pruned(checkpoint)
+        return method, lambda name, weight: magnitude_mask(weight, name=name), frozenset()
     if arguments.method is not None:
         raise InputError("--masks and --method both say how to prune; give one of them")
-    from sparsert.checkpoint import read_maskllm
-
+    check_not_pruned(checkpoint)
     masks = read_maskllm(arguments.masks)
     linears = checkpoint.block_linears()
     masks.check({name: checkpoint.shape(name) for name in linears})

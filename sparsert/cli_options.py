@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 _EXAMPLES = """\
 examples:
-  sparsert generate --prompt "The tower of Pisa"        fetch a small model, prune it 2:4, run it
+  sparsert generate --prompt "The tower of Pisa"        fetch a small model, run it under the 2:4 masks it comes with
   sparsert generate --model DIR --prompt "Hello" --chat  run your own checkpoint as a chat model
   sparsert eval --model DIR --text wikitext2-test.txt    measure its perplexity
   sparsert prune --model DIR --output PRUNED             write a 2:4 checkpoint
@@ -39,6 +39,9 @@ examples:
   sparsert bench kernels                                 measure layers against cuBLAS and torch.sparse
   sparsert env                                           see what this machine can use
 """
+
+_MODEL_HELP = "model directory or hub id (default: SmolLM2-135M-Instruct, fetched, under the 2:4 masks that come along)"
+_MASKS_HELP = "apply the 2:4 masks of a mask_compressed.npz while loading; none: run the default model unpruned"
 
 _GENERATE_EXAMPLES = """\
 examples:
@@ -153,11 +156,11 @@ def _add_command(commands: Any, name: str, run: Command, help_text: str, epilog:
 def _add_generate(commands: Any, run: Command) -> None:
     command = _add_command(commands, "generate", run, "continue prompts with a pruned model", _GENERATE_EXAMPLES)
     what = command.add_argument_group("what to run")
-    what.add_argument("--model", metavar="DIR|ID", help="model directory or hub id (default: a small model is fetched)")
+    what.add_argument("--model", metavar="DIR|ID", help=_MODEL_HELP)
     what.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue; may be given several times")
     what.add_argument("--prompts", metavar="FILE", help="file with one prompt a line, all run together; - reads stdin")
     what.add_argument("--chat", action="store_true", help="wrap each prompt in the model's chat template")
-    what.add_argument("--masks", metavar="FILE", help="apply the 2:4 masks of a mask_compressed.npz while loading")
+    what.add_argument("--masks", metavar="FILE|none", help=_MASKS_HELP)
     _add_block_options(what)
 
     sampling = command.add_argument_group("how to choose tokens")
@@ -216,10 +219,10 @@ def _add_device_options(command: argparse.ArgumentParser) -> Any:
 def _add_eval(commands: Any, run: Command) -> None:
     command = _add_command(commands, "eval", run, "measure perplexity on a text, or run lm-eval tasks", _EVAL_EXAMPLES)
     what = command.add_argument_group("what to measure")
-    what.add_argument("--model", metavar="DIR|ID", required=True, help="model directory or hub id")
+    what.add_argument("--model", metavar="DIR|ID", help=_MODEL_HELP)
     what.add_argument("--text", metavar="FILE", help="measure the perplexity of this text file; - reads stdin")
     what.add_argument("--tasks", metavar="NAMES", help="run these lm-eval tasks, separated by commas")
-    what.add_argument("--masks", metavar="FILE", help="apply the 2:4 masks of a mask_compressed.npz while loading")
+    what.add_argument("--masks", metavar="FILE|none", help=_MASKS_HELP)
     _add_block_options(what)
 
     text = command.add_argument_group("perplexity")

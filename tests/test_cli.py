@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_chat_model import BLOCKS, save_chat_model
 
-from sparsert import __version__, checkpoint
+from sparsert import __version__
 from sparsert.checkpoint import open_checkpoint, write_maskllm
 from sparsert.cli import main
 from sparsert.compress import magnitude_mask
@@ -175,17 +175,6 @@ def test_drafts_give_the_same_text(capsys: Capture, model: Path, pruned: Path) -
     assert record["draft_tokens"] == 3 and record["drafted"] == 3 * record["rounds"]
     assert record["acceptance_rate"] == record["accepted"] / record["drafted"]
     assert json.loads(run(capsys, *shortened))["timings"]["speculation"] is None
-
-
-def test_without_a_model_the_default_is_fetched_and_pruned(
-    capsys: Capture, model: Path, pruned: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoint, "fetch_default_model", lambda notify: model)
-    assert main(["generate", "--prompt", "abc", "--max-new-tokens", "8", "--device", "cpu", "--json"]) == 0
-    captured = capsys.readouterr()
-    (zeros,) = generate(capsys, "--model", pruned, "--prompt", "abc", "--max-new-tokens", 8)
-    assert json.loads(captured.out)["token_ids"] == zeros["token_ids"]
-    assert "no --model given" in captured.err and "expect odd text" in captured.err
 
 
 def test_prune_reports_what_it_did(capsys: Capture, model: Path, tmp_path: Path) -> None:

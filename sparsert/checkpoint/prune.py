@@ -38,7 +38,8 @@ from sparsert.checkpoint.reader import Checkpoint, block_of, rename_block
 from sparsert.checkpoint.shards import SHARD_BYTES
 from sparsert.checkpoint.stored import BITMASK_24, DENSE
 from sparsert.checkpoint.writer import SPARSERT, Form, stored_plan, write_checkpoint
-from sparsert.errors import CheckpointError
+from sparsert.errors import CheckpointError, InputError
+from sparsert.formats.groups import count_groups
 from sparsert.formats.packed import PACKED_DTYPES
 from sparsert.schedule import LayerPlan
 
@@ -168,6 +169,22 @@ def prune_checkpoint(
         dense_linears=tuple(dense),
         zero_share=zeros / positions if positions else 0.0,
         total_bytes=total_bytes,
+    )
+
+
+def check_not_pruned(checkpoint: Checkpoint) -> None:
+    """Refuse a model whose block linears are all 2:4 already: masks chosen for it would be those it has, and masks of
+    another origin would leave fewer than two values in a group.
+
+    Raises:
+        InputError: there is nothing left to choose.
+    """
+    for name in checkpoint.block_linears():
+        if checkpoint.shape(name)[1] % 4 == 0 and count_groups(checkpoint.read(name))[1]:
+            return
+    raise InputError(
+        f"{checkpoint.directory}: every linear weight of its blocks is 2:4 already, so there is nothing to choose; "
+        "start from the model before it was pruned (`sparsert prune --method none` removes blocks, or packs, as it is)"
     )
 
 

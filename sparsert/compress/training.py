@@ -263,9 +263,15 @@ class Trainer:
         value, gradient_norm = torch.stack([loss.float(), norm]).tolist()
         if not (math.isfinite(value) and math.isfinite(gradient_norm)):
             self.optimizer.zero_grad(set_to_none=True)
+            advice = (
+                "try a smaller learning rate or a longer warm-up, or look for broken text"
+                if self.step
+                else "nothing had been changed yet, so look for damaged weights (`sparsert inspect`), or compute in "
+                "bfloat16 or float32"
+            )
             raise TrainingError(
                 f"step {self.step + 1}: the loss is {value} and the norm of its gradient {gradient_norm}; the update "
-                "was not made. Try a smaller learning rate, a longer warm-up, or look for broken text"
+                f"was not made: {advice}"
             )
         learning_rate = options.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:

@@ -26,7 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsert.checkpoint import MaskFile, open_checkpoint, read_maskllm, resolve_checkpoint
+from sparsert.checkpoint import (
+    MaskFile,
+    fetch_default_model,
+    open_checkpoint,
+    read_default_masks,
+    read_maskllm,
+    resolve_checkpoint,
+)
 from sparsert.checkpoint.prune import base_plan
 from sparsert.checkpoint.writer import stored_plan
 from sparsert.engine.generate import generate_batch
@@ -59,7 +66,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | None = None,
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -78,7 +85,9 @@ class LLM:
         """Load a model.
 
         Args:
-            model: a model directory, or a hub id such as ``owner/name``.
+            model: a model directory, or a hub id such as ``owner/name``. Default: SmolLM2-135M-Instruct, fetched the
+                first time, under the 2:4 masks and the plan that come with this package unless ``masks`` or
+                ``mask_maker`` is given; ``LLM(sparsert.checkpoint.fetch_default_model())`` is the same unpruned.
             device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; default a GPU if there is one.
             dtype: bfloat16, float16 or float32; default float32 on a CPU, 16-bit on a GPU.
             masks: a MaskLLM mask file for this model.
@@ -103,7 +112,12 @@ class LLM:
         start = time.perf_counter()
         if mask_maker is not None and masks is not None:
             raise InputError("masks and mask_maker exclude each other; give a mask file or a pruning method, not both")
-        self.checkpoint = open_checkpoint(resolve_checkpoint(str(model)))
+        shipped = read_default_masks() if model is None and masks is None and mask_maker is None else None
+        directory = fetch_default_model(progress=progress) if model is None else resolve_checkpoint(str(model))
+        self.checkpoint = open_checkpoint(directory)
+        if shipped is not None:
+            shipped.check(self.checkpoint)
+            masks = shipped.masks
         config = DecoderConfig.from_hf(self.checkpoint.config)
         if plan is None:
             if remove_blocks is not None and block_order is not None:
@@ -115,6 +129,8 @@ class LLM:
         elif remove_blocks is not None or block_order is not None or skip_attention or skip_mlp:
             raise InputError("plan already says which blocks run; leave the arguments that remove or skip blocks out")
         plan = stored_plan(self.checkpoint.config, config.num_blocks).intersect(plan)
+        if shipped is not None:
+            plan = shipped.plan.intersect(plan)
         self._base_plan = base_plan(self.checkpoint.config, plan)
         self.max_length = _check_max_length(max_length, config)
         self.eos_token_ids = read_eos_token_ids(self.checkpoint)

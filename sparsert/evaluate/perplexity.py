@@ -24,6 +24,8 @@ import time
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+import torch
+
 from sparsert.engine import LLM
 from sparsert.errors import InputError
 from sparsert.evaluate.scoring import score_sequences
@@ -140,7 +142,7 @@ def measure_perplexity(
     spans = _spans(len(tokens), text_room, stride, keep_tail=protocol.keep_tail)[: protocol.max_windows]
     sequences = [prefix + tokens[begin:end] for begin, end, _ in spans]
     if not sequences or len(sequences[0]) < 2:
-        raise InputError(f"the text has {len(tokens)} tokens; there is nothing to predict")
+        raise InputError(f"the text has {len(tokens)} tokens, so there is nothing to predict; give a longer one")
     started = time.perf_counter()
     losses: list[float] = []
     scored = 0
@@ -152,7 +154,9 @@ def measure_perplexity(
         scored += fresh.numel()
     loss = math.fsum(losses) / scored
     if not loss < _LARGEST_LOSS:
-        raise InputError(f"the mean loss is {loss}: the model overflows in {llm.model.dtype}; use --dtype bfloat16")
+        dtype = llm.model.dtype
+        advice = "use --dtype bfloat16" if dtype == torch.float16 else "look for damaged weights (`sparsert inspect`)"
+        raise InputError(f"the mean loss is {loss}: the model overflows in {dtype}; {advice}")
     return PerplexityResult(
         perplexity=math.exp(loss),
         loss=loss,

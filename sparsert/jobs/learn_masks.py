@@ -80,7 +80,7 @@ def learn_masks(options: LearnMasksOptions) -> MaskedResult | None:
     training = dataclasses.replace(options.training_options(), autocast=False)
     processes = Processes(options.device)
     checkpoint = open_dense(options.model)
-    masked_output.check_not_pruned(checkpoint)
+    masked_output.check_maskable(checkpoint)
     vocabulary = checkpoint.config.get("vocab_size")
     files = (*options.text, *options.evaluate_text)
     tokenizer = load_tokenizer(checkpoint) if options.bos or any(not file.endswith(".npy") for file in files) else None

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsert.checkpoint import Checkpoint, prune_checkpoint, read_maskllm, write_maskllm
+from sparsert.checkpoint import Checkpoint, check_not_pruned, prune_checkpoint, read_maskllm, write_maskllm
 from sparsert.checkpoint.work import check_output
 from sparsert.errors import CheckpointError, InputError
-from sparsert.formats.groups import count_groups
 from sparsert.formats.maskllm import mask_from_maskllm_bits, maskllm_bits
 from sparsert.models import DecoderConfig
 
@@ -134,20 +133,15 @@ def check_places(output: str | None, masks_output: str | None) -> None:
             raise CheckpointError(f"{file}: the directory does not exist; create it first")
 
 
-def check_not_pruned(checkpoint: Checkpoint) -> None:
-    """Refuse a model whose block linears are all 2:4 already.
+def check_maskable(checkpoint: Checkpoint) -> None:
+    """Refuse a model that could not be run afterwards, or whose block linears are all 2:4 already.
 
     Raises:
+        UnsupportedError: an architecture that is not known here.
         InputError: there is nothing left to choose.
     """
-    DecoderConfig.from_hf(checkpoint.config)  # refuses what could not be run afterwards
-    for name in checkpoint.block_linears():
-        if checkpoint.shape(name)[1] % 4 == 0 and count_groups(checkpoint.read(name))[1]:
-            return
-    raise InputError(
-        f"{checkpoint.directory}: every linear weight of its blocks is 2:4 already, so there is nothing to choose; "
-        "start from the model before it was pruned"
-    )
+    DecoderConfig.from_hf(checkpoint.config)
+    check_not_pruned(checkpoint)
 
 
 def write_masked(

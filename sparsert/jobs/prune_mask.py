@@ -72,7 +72,7 @@ def prune_mask(options: PruneMaskOptions) -> MaskedResult:
     if settings.needs_text and not options.text:
         raise InputError(f"{options.method} needs a calibration text; give --text FILE, or --method magnitude")
     checkpoint = open_dense(options.model)
-    masked_output.check_not_pruned(checkpoint)
+    masked_output.check_maskable(checkpoint)
     fixed = None if options.masks is None else masked_output.read_masks(options.masks, checkpoint)
     keep_dense = options.keep_dense
     tokens = None

@@ -152,10 +152,11 @@ def _budget(options: WidthOptions) -> Budget | None:
     from sparsert.jobs.layer_times import read_layer_times
 
     [(kind, value)] = given.items()
-    table = (
-        None if kind != "us" or options.layer_times is None else read_layer_times(options.layer_times, options.batch)
-    )
-    return Budget(kind, value, options.packed, table)
+    if kind != "us":
+        return Budget(kind, value, options.packed)
+    if options.layer_times is None:
+        raise InputError("--us needs measured times; give --layer-times with a record of `sparsert bench kernels`")
+    return Budget(kind, value, options.packed, read_layer_times(options.layer_times, options.batch))
 
 
 def _write(options: WidthOptions, job: CalibrationJob, model: Any, removed: Sequence[int], result: WidthResult) -> int:

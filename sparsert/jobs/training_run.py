@@ -198,7 +198,8 @@ class TrainingRun:
 
     def _save_state(self, trainer: Trainer) -> None:
         if self._is_first:
-            _write_whole(self.state_file, lambda file: torch.save(trainer.state_dict(), file))
+            state = trainer.state_dict()
+            _write_whole(self.state_file, lambda file: _save(state, file))
 
     def _cut_log(self, step: int) -> None:
         """Drop what was logged behind the state."""
@@ -238,6 +239,14 @@ def _write_whole(file: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _save(state: dict[str, Any], file: Path) -> None:
+    """``torch.save``, whose own writer tells a full disk by RuntimeErrors that differ with how far it came."""
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        raise OSError(f"the state could not be written whole: {first_line(error)}") from error
+
+
 def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
@@ -259,12 +268,10 @@ def _lock(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _disk(directory: Path) -> Iterator[None]:
-    """Errors of the disk as sentences; torch.save reports a full disk as a RuntimeError."""
+    """Errors of the disk as sentences."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "writing file" not in str(error):
-            raise
+    except OSError as error:
         free = shutil.disk_usage(directory.parent).free if directory.parent.is_dir() else 0
         raise CheckpointError(
             f"{directory}: cannot be written ({first_line(error)}; {free / 1e9:.2f} GB free); the last saved state is "

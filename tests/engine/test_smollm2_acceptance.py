@@ -13,11 +13,12 @@ import torch
 from tiny_llama import BLOCK_LINEARS, delete_blocks_, greedy_reference
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from sparsert.checkpoint import DEFAULT_MODEL
+from sparsert.checkpoint import DEFAULT_MODEL, read_default_masks
 from sparsert.checkpoint.default_model import cache_directory
 from sparsert.checkpoint.hub import cached_snapshot
 from sparsert.compress import magnitude_mask
 from sparsert.engine import LLM, SamplingParams
+from sparsert.evaluate import measure_perplexity
 
 REMOVED = (10, 11, 20, 24)
 
@@ -31,6 +32,15 @@ PROMPTS = [
     "Q: What is the capital of France?\nA:",
     "¿Dónde está la biblioteca? Está",
 ]
+
+ENGLISH = """\
+The river had been rising since the morning, and by noon the lower road was under water. Most of the farmers had moved
+their animals to the hills the day before, because the old people in the village remembered the last flood and did not
+trust the new wall. At the school the teacher let the children go home early. She stayed behind to carry the books up
+to the second floor, and when she looked out of the window she could see boats where the market used to be. Nobody
+was hurt. The water went back after three days, and it took the whole of the following month to clean the houses, to dry
+the wood, and to find out which of the stored grain could still be used for bread.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +120,27 @@ def test_error_in_bfloat16_is_at_most_twice_that_of_transformers(directory: Path
     assert theirs.max() > 0.05, "the comparison must not be trivial"
     assert ours.max() <= 2 * theirs.max()
     assert ours.pow(2).mean().sqrt() <= 2 * theirs.pow(2).mean().sqrt()
+
+
+@pytest.mark.slow
+def test_tokens_under_the_shipped_masks_equal_transformers(directory: Path) -> None:
+    masks = read_default_masks().masks
+    reference = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().requires_grad_(False)
+    for name, weight in reference.named_parameters():
+        if name in masks:
+            weight.mul_(masks.mask(name, tuple(weight.shape)))
+    pruned = LLM(directory, masks=masks, device="cpu", dtype="float32")
+    assert pruned.summary()["linears_sparse"] == 7 * 30
+    # under the masks of magnitude 8, of Wanda 26
+    assert len(_check_tokens(pruned, reference, 1.0)) >= 60
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:no linear layer is 2.4")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_shipped_masks_keep_the_language(directory: Path, device: str) -> None:
+    pruned = LLM(directory, masks=read_default_masks().masks, device=device)
+    dense = LLM(directory, device=device)
+    ratio = measure_perplexity(pruned, ENGLISH).perplexity / measure_perplexity(dense, ENGLISH).perplexity
+    # masks of Wanda and SparseGPT, chosen on a little text, come to 5.2
+    assert ratio < 2.5

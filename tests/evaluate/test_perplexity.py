@@ -135,7 +135,7 @@ def test_errors(model: tuple[LLM, Any]) -> None:
         measure_perplexity(llm, text(300), PerplexityProtocol(window=97))
     with pytest.raises(InputError, match="stride is 30, longer than the 29 tokens"):
         measure_perplexity(llm, text(300), PerplexityProtocol(window=30, stride=30, bos="window"))
-    with pytest.raises(InputError, match="has 1 tokens; there is nothing to predict"):
+    with pytest.raises(InputError, match="has 1 tokens, so there is nothing to predict; give a longer one"):
         measure_perplexity(llm, "a")
     with pytest.raises(InputError, match="has 0 tokens"):
         measure_perplexity(llm, "", PerplexityProtocol(bos="window"))

@@ -237,7 +237,7 @@ def test_width_by_measured_microseconds(place: Path) -> None:
     [
         ({}, "say how narrow: sizes .* or one budget"),
         ({"hidden": 32, "bytes": 1e6}, "say how narrow"),
-        ({"us": 5.0}, "give a record of `sparsert bench kernels`"),
+        ({"us": 5.0}, "--us needs measured times; give --layer-times with a record of `sparsert bench kernels`"),
         ({"us": 5.0, "layer_times": "missing.json"}, "--layer-times missing.json: cannot be read"),
         ({"hidden": 64}, "hidden is to be 64, the model has 48"),
         ({"parameters": 10.0}, "no architecture fits 10 parameters"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,23 @@ def test_a_full_disk_leaves_the_last_state_whole(tmp_path: Path, monkeypatch: py
         train(tmp_path / "full")
     assert calls == [2, 4, 6]
     assert torch.load(tmp_path / "full.training" / "state.pt")["step"] == 4
+    assert not list((tmp_path / "full.training").glob("*.partial"))
+    assert torch.equal(train(tmp_path / "full", resume=True), expected)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
+def test_a_state_that_the_disk_cuts_off(tmp_path: Path, share: float) -> None:
+    """By a real limit, since torch's writer reports it in words that depend on where it was cut off."""
+    expected = train(tmp_path / "whole")
+    _, trainer = make()
+    torch.save(trainer.state_dict(), tmp_path / "state.pt")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * (tmp_path / "state.pt").stat().st_size), limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"full\.training: cannot be written .*go on with --resume"):
+            train(tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list((tmp_path / "full.training").glob("*.partial"))
     assert torch.equal(train(tmp_path / "full", resume=True), expected)
 
