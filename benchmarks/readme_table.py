@@ -130,6 +130,34 @@ def decode_lines(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def first_token_lines(record: dict[str, Any]) -> list[str]:
+    """Lines of the table of first tokens: milliseconds of ours, and of others with how many times ours are faster.
+
+    Args:
+        record: of kind ``latency``, batch 1, several lengths of prompts; see :func:`is_of_first_tokens`.
+
+    Raises:
+        SystemExit: one of ours was not found right.
+    """
+    rows = {(row["peer"], row["corner"], row["input_len"]): row for row in record["results"]}
+    lines = []
+    for tokens in sorted({length for _, _, length in rows}):
+        ours = rows["ours", "2:4", tokens]
+        dense = rows["dense", "dense", tokens]
+        if not ours["correct"] or not dense["correct"]:
+            raise SystemExit(f"{tokens} tokens: the record holds no checked row")
+        first = ours["ttft_ms"]["p50"]
+        others = [row["ttft_ms"]["p50"] for row in (dense, rows["vllm", "dense", tokens])]
+        cells = [f"{tokens:,}", f"**{first:.1f}**", *(f"{other:.1f}, {other / first:.2f}x" for other in others)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def is_of_first_tokens(record: dict[str, Any]) -> bool:
+    """Whether a record of kind ``latency`` is about prompts: texts of a few tokens behind them."""
+    return all(row["output_len"] < min(PROMPT_TOKENS) for row in record["results"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=Path, nargs="+", help="made by sparsert bench kernels or latency, --output")
@@ -138,7 +166,8 @@ def main() -> None:
         if record["kind"] == "kernels":
             print("\n".join([*table_lines(record), "", *table_lines(record, PROMPT_TOKENS, prompt_cell)]))
         else:
-            print("\n".join(decode_lines(record)))
+            lines = first_token_lines if is_of_first_tokens(record) else decode_lines
+            print("\n".join(lines(record)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ A job is a file of JSON that the process overwrites with its answer. Keys of a j
     decode        {"batches", "input_len", "output_len", "runs", "seed"}: the answer's "rows" are times of decoding
     check_rows    batches at which every packed layer is held against its own dense product: the answer's "worst"
 
-"ranks" is what each rank holds: "weight_bytes" of all tensors, "modules" that are packed with their bytes, and "lines"
+"ranks" is what each rank holds: "weight_bytes" of all parameters, "modules" that are packed with their bytes, and "lines"
 of the plugin's report.
 """
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -28,6 +29,9 @@ from typing import Any
 
 #: Beyond this a start or a measurement hangs.
 TIMEOUT_SECONDS = 1500
+
+#: Lines of an engine's log that an error repeats.
+_CAUSE_LINES = 60
 
 _GROUP, _PLUGIN = "vllm.general_plugins", "sparsert.integrations.vllm:register"
 
@@ -50,8 +54,12 @@ def run_worker(folder: Path, job: dict[str, Any], *, quiet: bool = True) -> dict
         check=False, timeout=TIMEOUT_SECONDS,
     )  # fmt: skip
     if finished.returncode:
-        said = f"{(finished.stdout or '')[-4000:]}\n{(finished.stderr or '')[-8000:]}"
-        raise RuntimeError(f"vLLM ended with code {finished.returncode}\n{said}")
+        said = f"{finished.stdout or ''}\n{finished.stderr or ''}"
+        # what went wrong in an engine's process stands far in front of the traceback that ends the log
+        causes = [line for line in said.splitlines() if re.search(r"\bERROR\b|Error:", line)]
+        raise RuntimeError(
+            "\n".join([f"vLLM ended with code {finished.returncode}", *causes[:_CAUSE_LINES], "...", said[-4000:]])
+        )
     answer: dict[str, Any] = json.loads(file.read_text())
     return answer
 
@@ -89,7 +97,8 @@ def describe(worker: Any) -> dict[str, Any]:
     packed = {name: module for name, module in model.named_modules() if hasattr(module, "weight_packed")}
     sizes = {name: module.weight_packed.nbytes + module.weight_metadata.nbytes for name, module in packed.items()}
     reports = {id(module.quant_method._report): module.quant_method._report for module in packed.values()}
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    # packed weights are parameters as well; what is left out are tables of rotary positions, which are no weights
+    tensors = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
     return {
         "weight_bytes": sum(tensors.values()),
         "modules": sizes,

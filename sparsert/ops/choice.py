@@ -51,7 +51,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         "CUDA, sparse tensor cores on the packed weight in large tiles, for prompts and large batches",
     ),
     Capability(
-        "triton", "triton", ("cuda",), (torch.bfloat16, torch.float16), None,
+        "triton", "triton", ("cuda",), (torch.bfloat16, torch.float16), 512,  # beyond, unpacking pays for itself
         "Triton, decompressed in registers, dense tensor cores",
     ),
     Capability(

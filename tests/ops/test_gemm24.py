@@ -36,7 +36,8 @@ def test_choice_by_gpu_and_rows(capability: tuple[int, int], monkeypatch: pytest
         assert ("not wgmma_sp: takes no less than 17 rows of input, not 3" in small) == (capability == (9, 0))
         assert ("not wgmma_sp: runs on GPUs of compute capability 9.0 only" in small) == (capability != (9, 0))
         assert choice_module.choose(device, torch.float32, 100).kernel == "unpack"
-        assert choice_module.choose(device, torch.float16, 5000, "triton").kernel == "triton"
+        assert choice_module.choose(device, torch.float16, 512, "triton").kernel == "triton"
+        assert choice_module.choose(device, torch.float16, 513, "triton").kernel == "unpack"
         # small layers stay with mma.sp a little longer
         small_layer = 576 * 1536
         for rows, kernel in {17: "mma_sp", 32: "mma_sp", 33: EXPECTED[capability][64]}.items():
@@ -53,7 +54,7 @@ def test_without_cuda_kernels_triton_serves_prompts(monkeypatch: pytest.MonkeyPa
     choice_module._unavailable.cache_clear()
     choice_module.choose.cache_clear()
     try:
-        choice = choice_module.choose(torch.device("cuda"), torch.bfloat16, 3000)
+        choice = choice_module.choose(torch.device("cuda"), torch.bfloat16, 500)
         assert choice.kernel == "triton" and choice.is_fallback
         assert "not mma_sp_gemm: unavailable: built without CUDA kernels" in str(choice)
     finally:
