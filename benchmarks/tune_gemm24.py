@@ -46,7 +46,8 @@ def candidates(configs: list[tuple[str, int, int, bool]], rows: int, batch: int)
     for config, (_, outputs, tokens, split) in enumerate(configs):
         blocks = -(-rows // outputs) * -(-batch // tokens)
         too_wide, too_small = tokens >= max(2 * batch, 65), batch >= 2048 and tokens < 192
-        if too_wide or too_small or (split and batch > 768):
+        # of many tokens, inputs are split only where a layer has too few outputs to fill the GPU otherwise
+        if too_wide or too_small or (split and batch > 768 and 2 * blocks > BLOCKS + 8):
             continue
         for cluster in range(1, 9) if split else (1, 2):
             if split and cluster > 1 and blocks * cluster > BLOCKS + 8:
