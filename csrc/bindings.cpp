@@ -43,10 +43,10 @@ void unpack24_cpu(uintptr_t values, uintptr_t metadata, uintptr_t dense, int64_t
 }
 
 void linear24_cpu(uintptr_t values, uintptr_t metadata, uintptr_t x, uintptr_t y, int64_t batch, int64_t rows,
-                  int64_t columns, int dtype, int threads) {
+                  int64_t columns, int dtype, int threads, bool portable) {
   py::gil_scoped_release release;
   sparsert::linear24_cpu(pointer<void>(values), pointer<uint32_t>(metadata), pointer<float>(x), pointer<float>(y),
-                         batch, rows, columns, dtype, threads);
+                         batch, rows, columns, dtype, threads, portable);
 }
 
 #ifdef SPARSERT_CUDA
@@ -310,7 +310,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("cuda_architectures", &cuda_architectures);
   module.def("pack24_cpu", &pack24_cpu);
   module.def("unpack24_cpu", &unpack24_cpu);
-  module.def("linear24_cpu", &linear24_cpu);
+  module.def("linear24_cpu", &linear24_cpu, py::arg("values"), py::arg("metadata"), py::arg("x"), py::arg("y"),
+             py::arg("batch"), py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("threads"),
+             py::arg("portable") = false);
 #ifdef SPARSERT_CUDA
   module.def("linear24_cuda", &linear24_cuda);
   module.def("linear24_step_cuda", &linear24_step_cuda);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "layout.h"
@@ -82,29 +83,41 @@ Stats pack_tiles(const Bits* dense, const uint8_t* mask, Bits* values, uint32_t*
   return stats;
 }
 
+// Four values side by side, the first in the lowest bits: little-endian machines only, as x86-64 and Arm are.
+__extension__ typedef unsigned __int128 Bits128;
+template <typename Bits>
+using Group = std::conditional_t<sizeof(Bits) == 2, uint64_t, Bits128>;
+
+// The first `groups` groups of a row in one unit.
+template <typename Bits>
+inline void unpack_groups(const Bits* unit_values, const uint32_t (&words)[4], Bits* dense, int64_t row, int64_t groups) {
+  for (int64_t group = 0; group < groups; ++group) {
+    const uint32_t nibble = words[group / 4] >> word_bit(group, row) & 0xF;
+    Bits kept[2];
+    std::memcpy(kept, unit_values + pair_offset(group, row), sizeof(kept));
+    // shifted into place in a register: parts stored one by one and read back as a whole would be waited for
+    const auto out = static_cast<Group<Bits>>(kept[0]) << (nibble & 3) * 8 * sizeof(Bits) |
+                     static_cast<Group<Bits>>(kept[1]) << (nibble >> 2) * 8 * sizeof(Bits);
+    std::memcpy(dense + group * 4, &out, sizeof(out));
+  }
+}
+
 template <typename Bits>
 void unpack_tiles(const Bits* values, const uint32_t* metadata, Bits* dense, int64_t rows, int64_t columns,
                   int64_t begin, int64_t end) {
-  const int64_t units = host_units(columns);
+  const int64_t units = host_units(columns), whole = columns / kUnit;
   for (int64_t tile = begin; tile < end; ++tile) {
     const Bits* tile_values = values + tile * units * 512;
     const uint32_t* tile_metadata = metadata + tile * units * 32;
-    for (int64_t row = 0; row < kRowTile; ++row) {
-      const int64_t r = tile * kRowTile + row;
-      if (r >= rows) break;
-      for (int64_t unit = 0; unit < units; ++unit) {
+    for (int64_t row = 0; row < kRowTile && tile * kRowTile + row < rows; ++row) {
+      Bits* to = dense + (tile * kRowTile + row) * columns;
+      for (int64_t unit = 0; unit < units; ++unit, to += kUnit) {
         uint32_t words[4];
         for (int64_t q = 0; q < 4; ++q) words[q] = tile_metadata[host_metadata_word(units, unit, row % 8 * 4 + q)];
-        for (int64_t group = 0; group < 16; ++group) {
-          const int64_t column = unit * kUnit + group * 4;
-          if (column >= columns) break;
-          const uint32_t nibble = words[group / 4] >> word_bit(group, row) & 0xF;
-          Bits kept[2], out[4] = {0, 0, 0, 0};
-          std::memcpy(kept, tile_values + unit * 512 + pair_offset(group, row), sizeof(kept));
-          out[nibble & 3] = kept[0];
-          out[nibble >> 2] = kept[1];
-          std::memcpy(dense + r * columns + column, out, sizeof(out));
-        }
+        if (unit < whole)
+          unpack_groups(tile_values + unit * 512, words, to, row, 16);  // a constant, so that the loop is unrolled
+        else
+          unpack_groups(tile_values + unit * 512, words, to, row, (columns - whole * kUnit) / 4);
       }
     }
   }

@@ -55,7 +55,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         "Triton, decompressed in registers, dense tensor cores",
     ),
     Capability(
-        "cpu", "native", ("cpu",), (torch.bfloat16, torch.float16, torch.float32), 8,
+        "cpu", "native", ("cpu",), (torch.bfloat16, torch.float16, torch.float32), 32,
         "threaded C++ on the packed weight",
     ),
     Capability(

@@ -50,6 +50,39 @@ def test_matches_float64(device: str, dtype: torch.dtype, shape: tuple[int, int]
         check(ops.linear24(x, packed), x, weight, None)
 
 
+@pytest.mark.skipif(native.module() is None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [*SHAPES, (576, 1536)])
+def test_both_loops_of_the_cpu(shape: tuple[int, int], dtype: torch.dtype, portable: bool) -> None:
+    """The one for AVX2 and the portable one, of which a processor takes the first if it can."""
+    weight = random_24(*shape, dtype=dtype)
+    packed = ops.pack(weight)
+    for batch in (1, 2, 3, 7, 13):
+        x = torch.randn(batch, shape[1])
+        y = torch.full((batch + 1, shape[0]), float("nan"))
+        native.module().linear24_cpu(
+            packed.values.data_ptr(), packed.metadata.data_ptr(), x.data_ptr(), y.data_ptr(), batch, *shape,
+            dtype_code(dtype), 2, portable=portable,
+        )  # fmt: skip
+        exact, sizes = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+        assert bool(((y[:batch] - exact).abs() <= 1e-6 * sizes).all()) and bool(y[batch].isnan().all())
+
+
+@pytest.mark.skipif(native.module() is None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("portable", [False, True])
+def test_infinities_and_subnormals_on_the_cpu(portable: bool) -> None:
+    weight = torch.zeros(16, 64, dtype=torch.float16)
+    weight[0, 0], weight[1, 5], weight[9, 62], weight[8, 3] = float("inf"), 2**-24, -(2**-20), float("nan")
+    packed, x, y = ops.pack(weight), torch.ones(1, 64), torch.empty(1, 16)
+    native.module().linear24_cpu(
+        packed.values.data_ptr(), packed.metadata.data_ptr(), x.data_ptr(), y.data_ptr(), 1, 16, 64,
+        dtype_code(torch.float16), 1, portable=portable,
+    )  # fmt: skip
+    expected = [float("inf"), 2**-24, *[0.0] * 6, float("nan"), -(2**-20), *[0.0] * 6]
+    torch.testing.assert_close(y[0], torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_leading_dimensions_and_strides(device: str) -> None:
     weight = random_24(48, 96, dtype=torch.bfloat16, device=device)
@@ -132,10 +165,10 @@ def test_a_named_backend_never_falls_back() -> None:
 
 
 def test_explain_says_what_runs_and_why() -> None:
-    choice = ops.explain(32, 64, 9, device="cpu", dtype=torch.float32)
+    choice = ops.explain(32, 64, 33, device="cpu", dtype=torch.float32)
     assert choice.kernel == "unpack" and not choice.is_fallback
     assert "not mma_sp: runs on cuda, the weight is on cpu" in str(choice)
-    assert "not cpu: takes up to 8 rows of input, not 9" in str(choice)
+    assert "not cpu: takes up to 32 rows of input, not 33" in str(choice)
 
 
 def test_without_the_extension_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
