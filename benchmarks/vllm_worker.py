@@ -11,8 +11,8 @@ A job is a file of JSON that the process overwrites with its answer. Keys of a j
     decode        {"batches", "input_len", "output_len", "runs", "seed"}: the answer's "rows" are times of decoding
     check_rows    batches at which every packed layer is held against its own dense product: the answer's "worst"
 
-"ranks" is what each rank holds: "weight_bytes" of all parameters, "modules" that are packed with their bytes, and "lines"
-of the plugin's report.
+"ranks" is what each rank holds: "weight_bytes" of all parameters, "modules" that are packed with their bytes, and
+"lines" of the plugin's report.
 """
 
 from __future__ import annotations
