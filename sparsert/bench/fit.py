@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from sparsert.bench.card import amount
 from sparsert.bench.cut_off import keeping
-from sparsert.bench.fit_trial import LENGTH_UNIT, QUESTIONS, prefill_rows
+from sparsert.bench.fit_trial import LENGTH_UNIT, QUESTIONS
 from sparsert.bench.model_options import add_model_options, check_corners, parse_settings, subject_of
 from sparsert.bench.options import parse_counts, progress, remarks, resolve_dtype, settings_of, show
 from sparsert.bench.peers import Start, start_process
 from sparsert.bench.subject import Subject
 from sparsert.bench.workload import Setting
+from sparsert.engine.runner import PREFILL_CHUNK_TOKENS
 from sparsert.errors import InputError
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ class _BytesNeeded:
     def activations(self, batch: int, input_len: int) -> int:
         """What the widest moment of a prefill holds, and the logits of all texts in the model's dtype and in fp32."""
         config, size = self._config, self._size
-        tokens = max(batch, prefill_rows(batch, input_len) * input_len)
+        tokens = max(batch, min(batch * input_len, PREFILL_CHUNK_TOKENS))
         hidden, heads = config.hidden_size, (config.num_heads + config.num_kv_heads) * config.head_dim
         # residual stream and its norm; gate and up, silu of one, the product
         mlp = (2 * hidden + 4 * config.intermediate_size) * size

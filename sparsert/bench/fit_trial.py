@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsert.bench.subject import Subject, build_model
-from sparsert.engine.cache import DecodeAttention, KVCache, PrefillAttention
+from sparsert.engine.cache import DecodeAttention, KVCache, PackedPrefillAttention
+from sparsert.engine.prompt_chunks import cut_prompts
+from sparsert.engine.runner import PREFILL_CHUNK_TOKENS
 from sparsert.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,25 +23,12 @@ if TYPE_CHECKING:
 #: What can be asked of a memory.
 QUESTIONS = ("largest batch", "longest output")
 
-#: Tokens that one prefill reads: texts beyond it are read in the next one, which bounds what a forward holds.
-PREFILL_TOKENS = 4096
-
 #: How much smaller a size is after it did not fit, and how often.
 _SHRINK = 0.97
 _MOST_TRIALS = 40
 
 #: Cache lengths are multiples of it, as in the engine.
 LENGTH_UNIT = 16
-
-
-def prefill_rows(batch: int, input_len: int) -> int:
-    """Texts that one prefill reads.
-
-    Example:
-        >>> prefill_rows(batch=100, input_len=128)
-        32
-    """
-    return max(1, min(batch, PREFILL_TOKENS // input_len))
 
 
 def run_trial(job: dict[str, Any]) -> list[dict[str, Any]]:
@@ -106,14 +95,10 @@ def generate_at_limits(model: DecoderModel, batch: int, input_len: int, output_l
     length = -(-(input_len + output_len) // LENGTH_UNIT) * LENGTH_UNIT
     model.reserve_positions_(length)
     cache = KVCache(model.attention_shapes, batch, length, device, model.dtype)
-    tokens = torch.randint(config.vocab_size, (batch, input_len), device=device)
-    rows = prefill_rows(batch, input_len)
+    prompts = torch.randint(config.vocab_size, (batch, input_len)).tolist()
     chosen = []
-    for begin in range(0, batch, rows):
-        part = tokens[begin : begin + rows]
-        end = begin + part.shape[0]
-        last = torch.full((part.shape[0],), input_len - 1, device=device)
-        logits = model(part, PrefillAttention(cache.rows(begin, end)), rows=last)
+    for chunk in cut_prompts(prompts, PREFILL_CHUNK_TOKENS, device):
+        logits = model(chunk.tokens, PackedPrefillAttention(cache, chunk), rows=chunk.ends)[0]
         chosen.append(logits.float().argmax(-1))
     following = torch.cat(chosen)
     for position in dict.fromkeys((input_len, input_len + output_len - 1)):

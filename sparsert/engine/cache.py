@@ -10,7 +10,6 @@ for the longest row is held for every row.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterable, Sequence
 
@@ -78,14 +77,6 @@ class KVCache:
         """Bytes of all buffers."""
         return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
 
-    def rows(self, begin: int, end: int) -> KVCache:
-        """A cache over some of the rows, sharing this one's memory."""
-        part = copy.copy(self)
-        part.keys = [keys[begin:end] for keys in self.keys]
-        part.values = [values[begin:end] for values in self.values]
-        part.batch_size = end - begin
-        return part
-
 
 class PackedPrefillAttention:
     """Causal attention of one chunk of packed prompts, which also writes their keys and values.
@@ -123,25 +114,6 @@ class PackedPrefillAttention:
             cosine, signed_sine = rotary(self._chunk.positions.unsqueeze(0))
             self._tables[rotary] = cosine[0], signed_sine[0]
         return self._tables[rotary]
-
-
-class PrefillAttention:
-    """Causal attention over equally long prompts, a row of tokens each, which also writes their keys and values.
-
-    Shorter prompts may be padded on the right: no real token sees a pad, because pads come later. Keys of pads land
-    in the cache behind the real ones, where decoding overwrites them before it looks at them.
-    """
-
-    def __init__(self, cache: KVCache) -> None:
-        self._cache = cache
-
-    def __call__(self, slot: int, heads: Tensor, layer: SelfAttention) -> Tensor:
-        """See :class:`sparsert.models.attention.Attention`."""
-        batch, tokens = heads.shape[:2]
-        q, k, v = layer.split(heads)
-        self._cache.keys[slot][:batch, :, :tokens].copy_(k.transpose(1, 2))
-        self._cache.values[slot][:batch, :, :tokens].copy_(v.transpose(1, 2))
-        return ops.causal_attention(q, k, v, layer.shape)
 
 
 class DecodeAttention:

@@ -12,7 +12,7 @@ from bench_arguments import parsed
 from sparsert.bench import fit, fit_trial
 from sparsert.bench.architectures import hf_config
 from sparsert.bench.cut_off import CutOff
-from sparsert.bench.fit import QUESTIONS, parse_memory, predict_rows, prefill_rows
+from sparsert.bench.fit import QUESTIONS, parse_memory, predict_rows
 from sparsert.bench.peers import start_process
 from sparsert.bench.records import validate_record
 from sparsert.bench.subject import Subject, build_model
@@ -74,9 +74,10 @@ def test_a_text_is_never_longer_than_the_model_was_made_for() -> None:
 
 
 def test_prefill_is_bounded() -> None:
-    assert prefill_rows(1000, 128) == 32 and prefill_rows(3, 128) == 3 and prefill_rows(7, 100_000) == 1
     needed = fit._BytesNeeded(EIGHT_B)
-    assert needed.activations(1000, 128) - needed.activations(33, 128) == 967 * 128256 * 8
+    # 64 texts of 128 tokens are a chunk; more texts add their logits only, and a longer text nothing
+    assert needed.activations(1000, 128) - needed.activations(64, 128) == 936 * 128256 * 8
+    assert needed.activations(1, 100_000) == needed.activations(1, 8192) > needed.activations(1, 8000)
 
 
 def test_the_cache_has_a_rotary_table_for_each_rope_of_the_blocks_that_run() -> None:
@@ -143,7 +144,7 @@ def test_limits_are_those_of_the_engine() -> None:
     model.forward = spy  # type: ignore[method-assign]
     fit_trial.generate_at_limits(model, 5, 7, 2)
     (prompts, _), (first, _), (second, logits) = seen[0], seen[1], seen[2]
-    texts = torch.cat([prompts, first, second], dim=1)
+    texts = torch.cat([prompts.view(5, 7), first, second], dim=1)  # prompts come packed
     plain = forward(texts, attention=CausalAttention())[:, -1]
     torch.testing.assert_close(logits.squeeze(1), plain, rtol=1e-4, atol=1e-4)
 

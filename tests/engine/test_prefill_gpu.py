@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from padded_prefill import PaddedPrefillAttention
 from tiny_families import make_model, prune_blocks_
 from tiny_llama import random_prompts, save
 
 from sparsert.checkpoint import open_checkpoint
-from sparsert.engine.cache import KVCache, PackedPrefillAttention, PrefillAttention
+from sparsert.engine.cache import KVCache, PackedPrefillAttention
 from sparsert.engine.prompt_chunks import cut_prompts
 from sparsert.engine.runner import Runner
 from sparsert.models import DecoderModel, load_model
@@ -52,7 +53,7 @@ def test_packed_is_as_exact_as_padded(models: tuple[DecoderModel, ...]) -> None:
     cache = KVCache(model.attention_shapes, len(texts), 1024, model.device, model.dtype)
     with torch.inference_mode():
         last = torch.tensor(LENGTHS, device="cuda") - 1
-        plain = model(padded.cuda(), PrefillAttention(cache), rows=last)
+        plain = model(padded.cuda(), PaddedPrefillAttention(cache), rows=last)
     allowed = (plain.double().cpu() - exact).pow(2).mean().sqrt()
     assert 0 < allowed < 0.05 * exact.pow(2).mean().sqrt()
     for chunk_tokens in (8192, 500, 129):

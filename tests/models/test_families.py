@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from padded_prefill import PaddedPrefillAttention
 from tiny_families import VARIANTS, assert_logits_close, make_variant, prune_blocks_
 from tiny_llama import VOCABULARY, greedy_reference, random_prompts, save
 
 from sparsert.bench.plain_forward import plain_logits
 from sparsert.checkpoint import open_checkpoint
 from sparsert.engine import LLM, SamplingParams
-from sparsert.engine.cache import KVCache, PrefillAttention
+from sparsert.engine.cache import KVCache
 from sparsert.engine.runner import Runner
 from sparsert.models import DecoderModel, load_model
 
@@ -73,7 +74,7 @@ def test_packed_prefill_equals_padded(pair: tuple[Any, DecoderModel, Path]) -> N
     model.reserve_positions_(64)
     cache = KVCache(model.attention_shapes, len(texts), 64, model.device, model.dtype)
     with torch.inference_mode():
-        expected = model(padded, PrefillAttention(cache), rows=torch.tensor(LENGTHS) - 1)
+        expected = model(padded, PaddedPrefillAttention(cache), rows=torch.tensor(LENGTHS) - 1)
     for chunk_tokens in (100, 33, 32, 20, 7, 1):
         runner = Runner(model, 64)
         assert_logits_close(runner.prefill(texts, room=40, chunk_tokens=chunk_tokens), expected)

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from padded_prefill import PaddedPrefillAttention
 from tiny_families import assert_logits_close, make_variant, prune_blocks_
 from tiny_llama import VOCABULARY, random_prompts, save
 
 from sparsert.bench.plain_forward import plain_logits
 from sparsert.checkpoint import Checkpoint, open_checkpoint
-from sparsert.engine.cache import DecodeAttention, KVCache, PrefillAttention
+from sparsert.engine.cache import DecodeAttention, KVCache
 from sparsert.engine.runner import Runner
 from sparsert.errors import InputError
 from sparsert.models import DecoderModel, load_model
@@ -105,7 +106,7 @@ def test_one_cache_serves_every_plan(tmp_path: Path) -> None:
     cache = KVCache(model.attention_shapes, 2, 32, model.device, model.dtype)
     model.reserve_positions_(32)
     with torch.inference_mode():
-        model(tokens, PrefillAttention(cache))
+        model(tokens, PaddedPrefillAttention(cache))
         before = [keys.clone() for keys in cache.keys]
         following = torch.tensor([[5], [7]])
         lengths = torch.full((2,), 12)
