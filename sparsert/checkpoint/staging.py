@@ -10,9 +10,6 @@ Threads read pieces of a tensor while those before them are on their way to the 
 needs no second copy by the driver and does not wait, and reading by threads keeps a disk busy and a copy from the page
 cache from being bound by one core. The ring is all the host memory that loading takes, whatever the tensors' size.
 
-Between two tensors nothing is read, and what happens there (checks, packing, small tensors one by one) would leave a
-disk idle. So the system is asked in advance for what stands behind the bytes in hand, once for each byte.
-
 Values are converted on the device, piece by piece, so no wider copy of a tensor is ever held. For a tensor on the CPU
 the threads read straight into it, or convert from the ring.
 
@@ -32,9 +29,6 @@ from torch import Tensor
 #: A copy of 4 MiB takes 80 us at 50 GB/s, several times what starting it costs.
 PIECE_BYTES = 4 << 20
 PIECES = 16
-
-#: How far ahead of the bytes in hand the system is asked to read: a disk of 3 GB/s takes 20 ms for it.
-_AHEAD_BYTES = 64 << 20
 
 #: Threads beyond this gain nothing: eight cores copy from the page cache faster than PCIe takes it.
 _MAX_THREADS = 8
@@ -62,7 +56,6 @@ class Staging:
         self._threads = ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1, pieces), "sparsert-read")
         self._ring: list[_Piece] = []
         self._next = 0
-        self._asked: dict[int, int] = {}  # descriptor -> where in the file asking in advance has got to
 
     def fill(self, target: Tensor, descriptor: int, offset: int, stored: torch.dtype) -> None:
         """Fill a tensor with the values that stand in a file from a byte on.
@@ -78,7 +71,6 @@ class Staging:
             EOFError: it ends too early.
         """
         flat = target.view(-1)
-        self._read_ahead(descriptor, offset, flat.numel() * stored.itemsize)
         if target.device.type == "cpu" and stored == target.dtype:
             self._read_directly(flat.view(torch.uint8), descriptor, offset)
             return
@@ -114,20 +106,6 @@ class Staging:
             wait(futures)
         for future in futures:
             future.result()
-
-    def _read_ahead(self, descriptor: int, offset: int, nbytes: int) -> None:
-        """Ask the system to have ready what stands behind these bytes; it may decline."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        end = offset + nbytes
-        asked = self._asked.get(descriptor, 0)
-        if not end <= asked <= end + _AHEAD_BYTES:  # the first tensor, or one elsewhere in the file
-            asked = end
-        if asked <= end + _AHEAD_BYTES // 2:
-            wanted = end + _AHEAD_BYTES - asked
-            self._threads.submit(os.posix_fadvise, descriptor, asked, wanted, os.POSIX_FADV_WILLNEED)
-            asked += wanted
-        self._asked[descriptor] = asked
 
     def _take_piece(self) -> _Piece:
         """The next piece of the ring, free to be written."""

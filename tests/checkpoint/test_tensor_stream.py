@@ -52,27 +52,6 @@ def test_every_piece_arrives(
     staging.close()
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be asked to read ahead")
-def test_the_system_is_asked_for_every_byte_ahead_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, offset, length, advice: asked.append((offset, length)))
-    monkeypatch.setattr("sparsert.checkpoint.staging._AHEAD_BYTES", 400)
-    file = tmp_path / "file"
-    file.write_bytes(bytes(range(250)) * 40)
-    staging = Staging(torch.device("cpu"), piece_bytes=64, pieces=3)
-    with file.open("rb") as stream:
-        for offset in [*range(0, 5000, 100), 9000, 50]:  # in order, then far ahead, then back at the beginning
-            target = torch.empty(100, dtype=torch.uint8)
-            staging.fill(target, stream.fileno(), offset, torch.uint8)
-            assert target[0] == offset % 250
-    staging.close()
-    inside, ahead, back = asked[:-2], asked[-2], asked[-1]
-    ends = [offset + length for offset, length in inside]
-    assert [offset for offset, _ in inside] == [100, *ends[:-1]], "nothing twice, nothing left out"
-    assert 5000 + 200 <= ends[-1] <= 5000 + 400
-    assert (ahead, back) == ((9100, 400), (150, 400))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("missing", [1, 100, 4000])
 def test_a_file_that_ends_early(tmp_path: Path, dtype: torch.dtype, missing: int) -> None:
