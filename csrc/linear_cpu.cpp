@@ -57,8 +57,8 @@ struct Float32 {
 
 template <typename T, int Batch>
 void tiles(const typename T::Bits* values, const uint32_t* metadata, const float* x, float* y, int64_t rows,
-           int64_t columns, int64_t x_stride, int64_t begin, int64_t end) {
-  const int64_t units = host_units(columns);
+           int64_t columns, int64_t begin, int64_t end) {
+  const int64_t units = host_units(columns), x_stride = units * kHostUnit;
   for (int64_t tile = begin; tile < end; ++tile) {
     float total[kHostRowTile][Batch] = {};
     for (int64_t unit = 0; unit < units; ++unit) {
@@ -179,58 +179,50 @@ bool has_avx2() {
   return has;
 }
 
-template <typename T>
-void run_avx2(const void* values, const uint32_t* metadata, const float* x, float* y, int64_t batch, int64_t rows,
-              int64_t columns, int threads) {
-  const int64_t stride = host_units(columns) * kHostUnit;
-  std::vector<float> arranged(batch * stride);
-  for (int64_t m = 0; m < batch; ++m) arrange(x + m * columns, &arranged[m * stride], columns);
-  const int64_t worthwhile = std::max<int64_t>(1, rows * columns * batch / kWeightsAThreadAvx2);
-  const int workers = static_cast<int>(std::min<int64_t>(threads, worthwhile));
-  const auto* typed = static_cast<const typename T::Bits*>(values);
-  parallel_for((rows + kHostRowTile - 1) / kHostRowTile, workers, [&](int, int64_t begin, int64_t end) {
-    for (int64_t m = 0; m < batch;) {
-      const int64_t left = batch - m;
-      const int64_t count = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      (count == 4 ? tiles_avx2<T, 4> : count == 2 ? tiles_avx2<T, 2> : tiles_avx2<T, 1>)(
-          typed, metadata, &arranged[m * stride], y + m * rows, rows, columns, begin, end);
-      m += count;
-    }
-  });
+#endif
+
+// Inputs of a row of x as they are; behind the last one there are zeros, which meet padded weights.
+void pad(const float* x, float* to, int64_t columns) {
+  std::fill(std::copy(x, x + columns, to), to + host_units(columns) * kHostUnit, 0.f);
 }
 
+template <typename T>
+using Tiles = void (*)(const typename T::Bits*, const uint32_t*, const float*, float*, int64_t, int64_t, int64_t,
+                       int64_t);
+
+// How tiles of rows are multiplied on this processor.
+template <typename T>
+struct Loop {
+  Tiles<T> one, two, four;  // rows of x at a time
+  void (*prepare)(const float*, float*, int64_t);
+  int64_t weights_a_thread;
+};
+
+template <typename T>
+Loop<T> choose_loop(bool portable) {
+#ifdef SPARSERT_AVX2
+  if (has_avx2() && !portable)
+    return {tiles_avx2<T, 1>, tiles_avx2<T, 2>, tiles_avx2<T, 4>, arrange, kWeightsAThreadAvx2};
 #endif
+  return {tiles<T, 1>, tiles<T, 2>, tiles<T, 4>, pad, kWeightsAThread};
+}
 
 template <typename T>
 void run(const void* values, const uint32_t* metadata, const float* x, float* y, int64_t batch, int64_t rows,
          int64_t columns, int threads, bool portable) {
-#ifdef SPARSERT_AVX2
-  if (has_avx2() && !portable) return run_avx2<T>(values, metadata, x, y, batch, rows, columns, threads);
-#endif
-  // padded inputs meet padded weights, which are zero, so x is padded with zeros as well
+  const Loop<T> loop = choose_loop<T>(portable);
   const int64_t stride = host_units(columns) * kHostUnit;
-  std::vector<float> padded;
-  if (stride != columns) {
-    padded.assign(batch * stride, 0.f);
-    for (int64_t m = 0; m < batch; ++m) std::memcpy(&padded[m * stride], x + m * columns, columns * sizeof(float));
-    x = padded.data();
-  }
-  const int64_t worthwhile = std::max<int64_t>(1, rows * columns * batch / kWeightsAThread);
+  std::vector<float> inputs(batch * stride);
+  for (int64_t m = 0; m < batch; ++m) loop.prepare(x + m * columns, &inputs[m * stride], columns);
+  const int64_t worthwhile = std::max<int64_t>(1, rows * columns * batch / loop.weights_a_thread);
   const int workers = static_cast<int>(std::min<int64_t>(threads, worthwhile));
+  const auto* typed = static_cast<const typename T::Bits*>(values);
   parallel_for((rows + kHostRowTile - 1) / kHostRowTile, workers, [&](int, int64_t begin, int64_t end) {
     for (int64_t m = 0; m < batch;) {
-      const auto step = [&](auto function, int64_t count) {
-        function(static_cast<const typename T::Bits*>(values), metadata, x + m * stride, y + m * rows, rows, columns,
-                 stride, begin, end);
-        m += count;
-      };
-      if (batch - m >= 4) {
-        step(tiles<T, 4>, 4);
-      } else if (batch - m >= 2) {
-        step(tiles<T, 2>, 2);
-      } else {
-        step(tiles<T, 1>, 1);
-      }
+      const int64_t left = batch - m, count = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      const Tiles<T> multiply = count == 4 ? loop.four : count == 2 ? loop.two : loop.one;
+      multiply(typed, metadata, &inputs[m * stride], y + m * rows, rows, columns, begin, end);
+      m += count;
     }
   });
 }
