@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 
 import torch
 
@@ -103,7 +102,7 @@ def _unavailable(kernel: str, device: torch.device) -> str | None:
     if kernel in ("mma_sp", "mma_sp_gemm", "wgmma_sp"):
         reason = native.cuda_reason(device)
         return f"unavailable: {reason}" if reason else None
-    if kernel == "triton" and importlib.util.find_spec("triton") is None:
+    if kernel == "triton" and not native.has_triton():
         return "unavailable: the package triton is not installed"
     if kernel == "triton" and torch.cuda.get_device_capability(device) < (8, 0):
         return "unavailable: needs a GPU of compute capability 8.0 or newer"

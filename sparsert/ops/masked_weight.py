@@ -11,14 +11,13 @@ takes some twenty tensors of the size of the logits, which is what a CPU with a 
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsert.errors import InputError
+from sparsert.ops import native
 
 #: Positions that each candidate mask of a group keeps, in MaskLLM's order: 1100 1010 1001 0110 0101 0011.
 CANDIDATES = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
@@ -151,13 +150,8 @@ def _philox(seed: int, c0: Tensor, c1: Tensor, c2: int, c3: int) -> tuple[Tensor
     return words
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _runs_kernel(weight: Tensor) -> bool:
-    return weight.is_cuda and _has_triton()
+    return weight.is_cuda and native.has_triton()
 
 
 def _masked_weight_impl(weight: Tensor, logits: Tensor, controls: Tensor, seed: Tensor) -> Tensor:

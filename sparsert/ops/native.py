@@ -1,12 +1,13 @@
 """The compiled extension ``sparsert._C``, or the reason it is not there.
 
 The extension is optional: without a compiler the install still succeeds, and Triton and plain torch
-serve. It is loaded on first use and never at ``import sparsert``.
+serve. It is loaded on first use and never at ``import sparsert``. Whether Triton is there is asked here as well.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import types
 from typing import Any
 
@@ -25,6 +26,12 @@ def _load() -> tuple[types.ModuleType | None, str | None]:
 def module() -> Any:
     """The extension module, or None."""
     return _load()[0]
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether the package triton is installed; it is not imported."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def status() -> dict[str, Any]:

@@ -11,7 +11,6 @@ two permutations and a table look-up are fast enough.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, NoReturn
 
 import torch
@@ -52,7 +51,7 @@ def choose_packer(device: torch.device, backend: str) -> str:
         raise InputError(f"backend={backend!r}: choose one of {', '.join(PACK_BACKENDS)}")
     if device.type == "cuda":
         reason = native.cuda_reason(device)
-        triton = importlib.util.find_spec("triton") is not None
+        triton = native.has_triton()
     elif device.type == "cpu":
         reason = None if native.module() is not None else native.status()["reason"]
         triton = False

@@ -6,13 +6,11 @@ float64 logits, in float64; a CPU runs it, and a GPU without Triton.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from sparsert.errors import InputError
+from sparsert.ops import native
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -113,14 +111,9 @@ def _capped(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _runs_kernel(logits: Tensor, teacher: Tensor | None) -> bool:
     return (
-        _has_triton()
+        native.has_triton()
         and all(part.is_cuda and part.dtype in _KERNEL_DTYPES for part in (logits, teacher) if part is not None)
         and all(part.stride(1) == 1 for part in (logits, teacher) if part is not None)
     )
