@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import os
 import statistics
 import threading
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from json_document import publish
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -178,10 +178,7 @@ def main() -> None:
             f"{name:16} {seconds:8.3f} s  {row['gb_per_s']:7.2f} GB/s  {row['share_of_load_file']:6.2f} of load_file  "
             f"{row['host_bytes'] / 1e6:8.1f} MB of host memory"
         )
-    document = json.dumps(record)
-    if arguments.output:
-        arguments.output.write_text(document + "\n")
-    print(document)
+    publish(record, arguments.output)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from json_document import publish
 from vllm_worker import run_worker
 
 from sparsert.bench.records import machine_facts
@@ -115,10 +116,7 @@ def main() -> None:
             f"{row['speedup']:5.2f}x  TTFT {row['ttft_ms']:7.1f} ms"
         )
     print(f"weights: {record['weight_share']:.3f} of dense; every layer right: {record['correct']}")
-    document = json.dumps(record)
-    if arguments.output:
-        arguments.output.write_text(document + "\n")
-    print(document)
+    publish(record, arguments.output)
 
 
 if __name__ == "__main__":

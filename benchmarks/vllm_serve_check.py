@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import json
 import os
 import shlex
 import signal
@@ -28,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from json_document import publish
 from vllm_worker import vllm_environment
 
 _START_SECONDS = 600
@@ -196,10 +196,7 @@ def main() -> None:
     record["passed"] = all(record["checks"].values())
     for name, passed in record["checks"].items():
         print(f"{'yes' if passed else 'NO':4} {name}")
-    document = json.dumps(record)
-    if arguments.output:
-        arguments.output.write_text(document + "\n")
-    print(document)
+    publish(record, arguments.output)
     raise SystemExit(0 if record["passed"] else 1)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from json_document import publish
 from vllm_worker import run_worker
 
 from sparsert import LLM, SamplingParams
@@ -117,10 +118,7 @@ def main() -> None:
                 f"{row['errors_of_bf16']:.2f} errors of bf16 behind the best"
             )
     print(f"{record['same']} of {record['texts']} texts are the same, {record['near_ties']} part at a near-tie")
-    document = json.dumps(record)
-    if arguments.output:
-        arguments.output.write_text(document + "\n")
-    print(document)
+    publish(record, arguments.output)
     raise SystemExit(0 if record["correct"] else 1)
 
 

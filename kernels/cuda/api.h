@@ -73,13 +73,13 @@ struct Gemm24Arguments {
   DType dtype;               // bf16 or fp16, of values, x, bias and y alike
   Activation activation = Activation::kNone;
   bool gated = false;        // as in Linear24Arguments; N is a multiple of 32
-  // gemm24_workspace_bytes() or gemm24_mma_workspace_bytes(), 16-byte aligned, of any content; must not be shared with a launch that may run at a time
-  // with this one.
+  // gemm24_workspace_bytes() or gemm24_mma_workspace_bytes(), 16-byte aligned, of any content; must not be shared with a
+  // launch that may run at a time with this one.
   void* workspace = nullptr;
 };
 
-// On a Hopper GPU: which instantiation, and how many blocks make a cluster: by some configs they share activations, by others the inputs
-// are split over them.
+// On a Hopper GPU: which instantiation, and how many blocks make a cluster: by some configs they share activations, by
+// others the inputs are split over them.
 struct Gemm24Choice {
   int config;
   int cluster;
