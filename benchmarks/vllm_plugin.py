@@ -47,7 +47,7 @@ def contenders(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[st
     }  # fmt: skip
     engine = {
         "max_model_len": arguments.input_len + arguments.output_len + 1, "max_num_seqs": max(arguments.batch),
-        "gpu_memory_utilization": _MEMORY_SHARE, "tensor_parallel_size": arguments.tensor_parallel,
+        "gpu_memory_utilization": _MEMORY_SHARE, "tensor_parallel_size": arguments.tensor_parallel, **arguments.engine,
     }  # fmt: skip
     if arguments.dense is not None:
         dense = {**engine, "model": str(arguments.dense)}
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share each layer")
+    parser.add_argument("--engine", type=json.loads, default={}, help="JSON with arguments of vllm.LLM for both")
     parser.add_argument("--show-log", action="store_true", help="print what vLLM says")
     parser.add_argument("--output", type=Path, help="the JSON document as a file")
     arguments = parser.parse_args()
@@ -105,6 +106,7 @@ def main() -> None:
         "model": arguments.directory.name,
         "dense_weights": "random" if arguments.dense is None else arguments.dense.name,
         "tensor_parallel": arguments.tensor_parallel,
+        "engine": arguments.engine,
         "input_len": arguments.input_len,
         "output_len": arguments.output_len,
         "runs": arguments.runs,

@@ -48,14 +48,16 @@ def test_the_dense_engine_runs_the_same_configuration(tmp_path: Path) -> None:
         json.dumps({"hidden_size": 8, "quantization_config": {"quant_method": "sparsert"}})
     )
     arguments = argparse.Namespace(
-        directory=packed, dense=None, batch=[1, 8], input_len=32, output_len=16, runs=3, seed=0, tensor_parallel=2
-    )
+        directory=packed, dense=None, batch=[1, 8], input_len=32, output_len=16, runs=3, seed=0, tensor_parallel=2,
+        engine={"disable_custom_all_reduce": True},
+    )  # fmt: skip
     jobs = vllm_plugin.contenders(arguments, tmp_path)
     dense, ours = jobs["vllm"]["engine"], jobs["vllm + sparsert"]["engine"]
     assert dense["load_format"] == "dummy" and json.loads(Path(dense["model"], "config.json").read_text()) == {
         "hidden_size": 8
     }
     assert ours["model"] == str(packed) and "load_format" not in ours
+    assert dense["disable_custom_all_reduce"] and ours["disable_custom_all_reduce"], "both or none"
     assert jobs["vllm"]["decode"] == jobs["vllm + sparsert"]["decode"]
     assert {key: dense[key] for key in ("max_model_len", "max_num_seqs", "tensor_parallel_size")} == {
         "max_model_len": 49, "max_num_seqs": 8, "tensor_parallel_size": 2,
