@@ -3,9 +3,9 @@
     python examples/depth.py --model DIR --text corpus.jsonl.xz --evaluate-text wikitext2-valid.txt --work RUN
 
 Each criterion chooses blocks with the "+" rule (0-3 and the last two stay), the shorter model is measured as it is
-and after distillation. The one chosen by perplexity is also finetuned on the same tokens without a teacher, distilled
-with hidden states beside the logits, and recovered by LoRA. The last line says how much of the lost log-perplexity
-distillation brings back.
+and after distillation. Taylor scores blocks once, as published, and again after each removal. The model chosen by
+perplexity is also finetuned on the same tokens without a teacher, distilled with hidden states beside the logits, and
+recovered by LoRA. The last lines say how much of the lost log-perplexity comes back.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from recipe import Recipe, parser
 from sparsert.jobs.prune_depth import DepthOptions, prune_depth
 from sparsert.jobs.recovery_options import DistillOptions, FinetuneOptions, distill, finetune
 
-CRITERIA = ("magnitude", "taylor", "perplexity", "influence")
+#: Name of a row -> criterion and mode.
+CHOICES = {
+    "magnitude": ("magnitude", "one-shot"),
+    "taylor": ("taylor", "one-shot"),
+    "taylor, iterative": ("taylor", "iterative"),
+    "perplexity": ("perplexity", "one-shot"),
+    "influence": ("influence", "one-shot"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
@@ -30,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     options.add_argument("--count", type=int, default=6, help="blocks to remove")
     recipe = Recipe(options.parse_args(argv))
     recipe.stage("dense")
-    for criterion in CRITERIA:
-        recipe.stage(criterion, functools.partial(_shorten, recipe, criterion))
-        recipe.stage(f"{criterion}, distilled", functools.partial(_distil, recipe, criterion, {}))
+    for name in CHOICES:
+        recipe.stage(name, functools.partial(_shorten, recipe, name))
+        recipe.stage(f"{name}, distilled", functools.partial(_distil, recipe, name, {}))
     recipe.stage(
         "perplexity, distilled with states", functools.partial(_distil, recipe, "perplexity", {"states": True})
     )
@@ -47,14 +54,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     return recipe.rows
 
 
-def _shorten(recipe: Recipe, criterion: str, output: Path) -> None:
-    prune_depth(
-        DepthOptions(**recipe.calibration(), output=str(output), count=recipe.arguments.count, criterion=criterion)
-    )
+def _shorten(recipe: Recipe, name: str, output: Path) -> None:
+    criterion, mode = CHOICES[name]
+    options = {**recipe.calibration(), "count": recipe.arguments.count, "criterion": criterion, "mode": mode}
+    prune_depth(DepthOptions(**options, output=str(output)))
 
 
-def _distil(recipe: Recipe, criterion: str, changes: dict[str, Any], output: Path) -> None:
-    model, teacher = str(recipe.place(criterion)), recipe.arguments.model
+def _distil(recipe: Recipe, name: str, changes: dict[str, Any], output: Path) -> None:
+    model, teacher = str(recipe.place(name)), recipe.arguments.model
     distill(DistillOptions(**recipe.training() | changes, model=model, teacher=teacher, output=str(output)))
 
 

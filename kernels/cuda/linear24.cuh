@@ -105,10 +105,9 @@ struct Operands {
 // are rounded; returned is the sum of squares of the stream as it is stored. N is a multiple of 4.
 template <typename T>
 __device__ __forceinline__ float close_block(const KernelArguments& p, int tiles, int row, int first,
-                                             const float4& total, const Quad<T>& residual) {
+                                             const float4& total, const Quad<T>& residual, const Quad<T>& weight) {
   if (first >= p.N) return 0;
   const int64_t at = int64_t(row) * p.N + first;
-  const Quad<T> weight = *reinterpret_cast<const Quad<T>*>(static_cast<const T*>(p.norm_weight) + first);
   const float v[4] = {total.x, total.y, total.z, total.w};
   Quad<T> stream, weighted;
   float squares = 0;
@@ -125,13 +124,16 @@ __device__ __forceinline__ float close_block(const KernelArguments& p, int tiles
   return squares;
 }
 
-// Four values of the residual stream; those past N are not read.
+// Four values of a row of N, the residual stream or the norm's weight; those past N are not read.
+template <typename T>
+__device__ __forceinline__ Quad<T> load_quad(const void* row, int first, int N) {
+  Quad<T> quad = {};
+  if (first < N) quad = *reinterpret_cast<const Quad<T>*>(static_cast<const T*>(row) + first);
+  return quad;
+}
 template <typename T>
 __device__ __forceinline__ Quad<T> load_residual(const KernelArguments& p, int row, int first) {
-  Quad<T> quad = {};
-  if (first < p.N)
-    quad = *reinterpret_cast<const Quad<T>*>(static_cast<const T*>(p.residual) + int64_t(row) * p.N + first);
-  return quad;
+  return load_quad<T>(static_cast<const T*>(p.residual) + int64_t(row) * p.N, first, p.N);
 }
 
 // Shared memory that a block may have on the GPU being compiled for.
@@ -274,6 +276,13 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
     }
   };
 
+  // What this thread will add and multiply by first, so that the end need not wait for it. The norm's weight is nobody's
+  // result and may be far away: before the wait for the kernel in front.
+  constexpr int kRowQuads = S::kRows / 4;
+  const int early = split * S::kThreads + thread, early_output = row_group * S::kRows + early % kRowQuads * 4;
+  const bool closes_early = p.residual != nullptr && early < kRowQuads * p.M;
+  const Quad<T> early_weight = closes_early ? load_quad<T>(p.norm_weight, early_output, p.N) : Quad<T>{};
+
 #if SPARSERT_HOPPER
   if (lane == 0) {
     for (int s = 0; s < Stages; ++s) ptx::barrier_init(my_barriers + s * 8, 1);
@@ -297,21 +306,22 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
     ptx::copy_async_commit();
   }
 
-  // what this thread will add first, so that the end need not wait for it
-  Quad<T> early_residual = {};
-  if (p.residual != nullptr) {
-    constexpr int kRowQuads = S::kRows / 4;
-    const int i = split * S::kThreads + thread;
-    if (i < kRowQuads * p.M)
-      early_residual = load_residual<T>(p, i / kRowQuads, row_group * S::kRows + i % kRowQuads * 4);
-  }
+  const Quad<T> early_residual = closes_early ? load_residual<T>(p, early / kRowQuads, early_output) : Quad<T>{};
 
   // 1 / rms of each batch row, while its values are under way: the norm's division, left to this layer
   float* const scales = reinterpret_cast<float*>(shared + S::kMainBytes + S::kBarrierBytes);
   if (p.squares_in != nullptr) {
+    constexpr int kAtOnce = 4;  // loads under way: a layer of few inputs would wait for each in turn
     for (int column = warp; column < p.M; column += S::kWarps) {
+      const float* const parts = p.squares_in + column * p.squares_parts;
       float squares = 0;
-      for (int i = lane; i < p.squares_parts; i += 32) squares += p.squares_in[column * p.squares_parts + i];
+      for (int i = lane; i < p.squares_parts; i += 32 * kAtOnce) {
+        float part[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) part[j] = i + 32 * j < p.squares_parts ? parts[i + 32 * j] : 0;
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) squares += part[j];
+      }
 #pragma unroll
       for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(0xffffffff, squares, offset);
       if (lane == 0) scales[column] = rsqrtf(squares / p.K + p.eps);
@@ -432,8 +442,9 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
         if (p.squares_in != nullptr) scale(total, scales[column]);
         add_bias(total, bias, output, p.N);
         if (p.residual != nullptr) {
-          const Quad<T> residual = i == first ? early_residual : load_residual<T>(p, column, output);
-          squares[column * kQuads + i % kQuads] = close_block<T>(p, BatchTiles, column, output, total, residual);
+          const Quad<T> residual = i == early ? early_residual : load_residual<T>(p, column, output);
+          const Quad<T> weight = i == early ? early_weight : load_quad<T>(p.norm_weight, output, p.N);
+          squares[column * kQuads + i % kQuads] = close_block<T>(p, BatchTiles, column, output, total, residual, weight);
           continue;
         }
         activate(p.activation, total);

@@ -58,7 +58,7 @@ def _check(rows: dict[str, dict[str, float]], expected: list[str]) -> None:
 def test_depth(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     depth = _recipe("depth", monkeypatch)
     rows = depth.main([*arguments, "--count", "2"])
-    criteria = [name for criterion in depth.CRITERIA for name in (criterion, f"{criterion}, distilled")]
+    criteria = [name for choice in depth.CHOICES for name in (choice, f"{choice}, distilled")]
     more = ["perplexity, distilled with states", "perplexity, finetuned", "perplexity, LoRA"]
     _check(rows, ["dense", *criteria, *more])
     assert rows["perplexity"]["MB"] < rows["dense"]["MB"]
