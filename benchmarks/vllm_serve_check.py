@@ -43,10 +43,13 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self._log = (folder / f"server-{self.port}.log").open("w+")
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory), "--port", str(self.port)]
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(directory.resolve())]
+        where = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", _NAME]
         self._process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--served-model-name", _NAME, *arguments],
-            env=vllm_environment(folder), stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
+            [*command, *where, *arguments],
+            # "-m" looks into the working directory first, where a source tree may lie that is not what is to serve
+            cwd=folder, env=vllm_environment(folder.resolve()), stdout=self._log, stderr=subprocess.STDOUT,
+            start_new_session=True,
         )  # fmt: skip
         start = time.perf_counter()
         while not self._healthy():
@@ -179,6 +182,7 @@ def check(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "a stream had begun when it was killed": received >= 3,
             "it answers again": bool(again),
             "layers run packed": any("run 2:4 packed" in line and not line.startswith("0 ") for line in plugin),
+            "the compiled kernel runs them": not any("without the compiled kernel" in line for line in plugin),
         },
     }
 

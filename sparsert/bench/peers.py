@@ -175,7 +175,7 @@ def start_process(job: dict[str, Any], silence_s: float) -> Events:
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sparsert.bench.peer_worker"],
+            [sys.executable, "-c", _WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
@@ -201,6 +201,10 @@ def start_process(job: dict[str, Any], silence_s: float) -> Events:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             process.stdout.close()
+
+
+#: Without the working directory, which "-c" and "-m" put first: a source tree there is not the package that runs here.
+_WORKER = "import sys; sys.path[:] = filter(None, sys.path); from sparsert.bench.peer_worker import main; main()"
 
 
 def start_here(job: dict[str, Any], silence_s: float) -> Events:

@@ -98,6 +98,15 @@ def test_a_process_that_dies_hangs_or_babbles(monkeypatch: pytest.MonkeyPatch, h
     assert events[0]["reason"] == expected[how]
 
 
+def test_a_tree_in_the_working_directory_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It may lack the compiled extension; what is measured has to be the package that measures."""
+    (tmp_path / "sparsert").mkdir()
+    (tmp_path / "sparsert" / "__init__.py").write_text("raise RuntimeError('the wrong package')")
+    monkeypatch.chdir(tmp_path)
+    events = list(start_process(job(), silence_s=120))
+    assert events[-1]["event"] == "done", events[-1]
+
+
 def test_a_child_that_holds_the_stream_does_not_keep_us(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import os, subprocess, sys; subprocess.Popen(['sleep', '60']); print('bye', file=sys.stderr); os._exit(7)"
     real = subprocess.Popen
