@@ -100,7 +100,7 @@ def _unavailable(kernel: str, device: torch.device) -> str | None:
         reason = None if native.module() is not None else native.status()["reason"]
         return f"unavailable: {reason}" if reason else None
     if kernel in ("mma_sp", "mma_sp_gemm", "wgmma_sp"):
-        reason = native.cuda_reason(device)
+        reason = native.cuda_reason(device, exact=kernel == "wgmma_sp")
         return f"unavailable: {reason}" if reason else None
     if kernel == "triton" and not native.has_triton():
         return "unavailable: the package triton is not installed"

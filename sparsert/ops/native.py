@@ -64,18 +64,31 @@ def architecture_matches(architecture: str, capability: tuple[int, int]) -> bool
 
 
 @functools.cache
-def cuda_reason(device: torch.device) -> str | None:
-    """Why the CUDA kernels cannot run on ``device``; None when they can."""
+def cuda_reason(device: torch.device, *, exact: bool = False) -> str | None:
+    """Why the CUDA kernels cannot run on ``device``; None when they can.
+
+    Args:
+        device: a GPU.
+        exact: ask about kernels with instructions that only this kind of GPU has (``wgmma``): code for sm_90 lacks
+            them, code for sm_90a does not.
+    """
     state = status()
     if not state["cuda"]:
         return str(state["reason"])
     capability = torch.cuda.get_device_capability(device)
-    if any(architecture_matches(architecture, capability) for architecture in state["architectures"]):
-        return None
-    return (
-        f"the CUDA kernels were built for sm_{', sm_'.join(state['architectures'])}, this GPU is "
-        f"sm_{capability[0]}{capability[1]}; reinstall on a machine with this GPU's toolkit"
-    )
+    matching = [name for name in state["architectures"] if architecture_matches(name, capability)]
+    number = f"{capability[0]}{capability[1]}"
+    if not matching:
+        return (
+            f"the CUDA kernels were built for sm_{', sm_'.join(state['architectures'])}, this GPU is sm_{number}; "
+            f"reinstall on a machine with this GPU's toolkit"
+        )
+    if exact and not any(name.endswith("a") for name in matching):
+        return (
+            f"the CUDA kernels were built for sm_{', sm_'.join(matching)}, and this one has instructions of "
+            f"sm_{number}a; reinstall with -C cmake.define.SPARSERT_CUDA_ARCHS={number}a"
+        )
+    return None
 
 
 def stream(device: torch.device) -> int:

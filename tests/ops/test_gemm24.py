@@ -24,7 +24,7 @@ EXPECTED = {
 @pytest.mark.parametrize("capability", EXPECTED)
 def test_choice_by_gpu_and_rows(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(native, "cuda_reason", lambda device: None)
+    monkeypatch.setattr(native, "cuda_reason", lambda device, exact=False: None)
     choice_module._unavailable.cache_clear()
     choice_module.choose.cache_clear()
     try:
@@ -50,7 +50,7 @@ def test_choice_by_gpu_and_rows(capability: tuple[int, int], monkeypatch: pytest
 def test_without_cuda_kernels_triton_serves_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    monkeypatch.setattr(native, "cuda_reason", lambda device: "built without CUDA kernels")
+    monkeypatch.setattr(native, "cuda_reason", lambda device, exact=False: "built without CUDA kernels")
     choice_module._unavailable.cache_clear()
     choice_module.choose.cache_clear()
     try:
@@ -60,6 +60,29 @@ def test_without_cuda_kernels_triton_serves_prompts(monkeypatch: pytest.MonkeyPa
     finally:
         choice_module._unavailable.cache_clear()
         choice_module.choose.cache_clear()
+
+
+@pytest.mark.parametrize(("built", "kernel"), [(("80", "90"), "mma_sp_gemm"), (("80", "90a"), "wgmma_sp")])
+def test_a_build_without_hoppers_own_instructions(
+    built: tuple[str, ...], kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code for sm_90 runs on a Hopper and has no wgmma, which would end the process."""
+    state = {"available": True, "cuda": True, "architectures": list(built), "reason": None}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(native, "status", lambda: state)
+    caches = (native.cuda_reason, choice_module._unavailable, choice_module.choose)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        device = torch.device("cuda")
+        assert choice_module.choose(device, torch.bfloat16, 1).kernel == "mma_sp"
+        prompt = choice_module.choose(device, torch.bfloat16, 4096)
+        assert prompt.kernel == kernel and prompt.is_fallback == (kernel != "wgmma_sp")
+        if prompt.is_fallback:
+            assert "sm_90a; reinstall with -C cmake.define.SPARSERT_CUDA_ARCHS=90a" in str(prompt)
+    finally:
+        for cache in caches:
+            cache.cache_clear()
 
 
 def hopper() -> None:
