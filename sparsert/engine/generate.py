@@ -21,6 +21,10 @@ from sparsert.engine.runner import Runner
 from sparsert.engine.sampler import Sampler
 from sparsert.engine.speculate import Speculator
 from sparsert.engine.token_reader import TokenReader
+from sparsert.errors import CheckpointError
+
+#: In the place of a token where there are no logits to choose by.
+_NO_TOKEN = -1
 
 
 def generate_batch(
@@ -46,6 +50,9 @@ def generate_batch(
         draft: proposes tokens that ``runner`` then checks several at a time; another plan of the same model, or
             another model of the same vocabulary.
         draft_tokens: how many it proposes at a time, 1 to ``MAX_DRAFT_TOKENS``.
+
+    Raises:
+        CheckpointError: logits behind a prompt are NaN. Those of later tokens are not looked at.
     """
     runners = [runner] if draft is None or draft.shares_cache_with(runner) else [runner, draft]
 
@@ -64,8 +71,15 @@ def generate_batch(
         speculator.prefill(prompts, room)
     tokens = sampler(logits)
     reader = TokenReader((len(texts),), device)
-    reader.start(tokens)
-    deliver(texts, [[token] for token in reader.finish()], stream)
+    # a maximum can be taken of NaN as well, and text be made of it
+    reader.start(tokens.masked_fill(logits.isnan().any(dim=-1), _NO_TOKEN))
+    firsts = reader.finish()
+    if _NO_TOKEN in firsts:
+        raise CheckpointError(
+            f"prompt {firsts.index(_NO_TOKEN)}: the model's logits are NaN in {logits.dtype}; loading found all weights "
+            f"finite, so numbers overflow on the way: give dtype bfloat16 or float32"
+        )
+    deliver(texts, [[token] for token in firsts], stream)
     first, capture_first_s = time.perf_counter(), captured_s()
     stats = None
     if speculator is not None:

@@ -13,6 +13,7 @@ from sparsert.checkpoint import open_checkpoint
 from sparsert.engine.generate import GrowingText, generate_batch
 from sparsert.engine.params import SamplingParams
 from sparsert.engine.runner import Runner
+from sparsert.errors import CheckpointError
 from sparsert.models import load_model
 
 
@@ -96,3 +97,13 @@ def test_generation_on_a_gpu_equals_its_own_steps(tmp_path: Path) -> None:
         plain = _run(runner, [40, 17, 30], params, [], look_ahead=False)
         assert [text.token_ids for text in ahead] == [text.token_ids for text in plain]
     assert runner.capture_s > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_an_error(temperature: float, tmp_path: Path) -> None:
+    """Not a text: the maximum of NaN is a token like any other."""
+    loaded = load_model(open_checkpoint(save(make_llama(num_hidden_layers=1), tmp_path)), device="cpu")
+    loaded.norm.weight.data[3] = torch.nan  # loading refuses such a weight
+    damaged = CountingRunner(loaded, 100)
+    with pytest.raises(CheckpointError, match=r"prompt 0: the model's logits are NaN in torch.float32"):
+        _run(damaged, [4, 4], SamplingParams(temperature=temperature, seed=1), [], look_ahead=False)
