@@ -76,8 +76,8 @@ def generate_batch(
     firsts = reader.finish()
     if _NO_TOKEN in firsts:
         raise CheckpointError(
-            f"prompt {firsts.index(_NO_TOKEN)}: the model's logits are NaN in {logits.dtype}; loading found all weights "
-            f"finite, so numbers overflow on the way: give dtype bfloat16 or float32"
+            f"prompt {firsts.index(_NO_TOKEN)}: the model's logits are NaN in {logits.dtype}; loading found all "
+            f"weights finite, so numbers overflow on the way: give dtype bfloat16 or float32"
         )
     deliver(texts, [[token] for token in firsts], stream)
     first, capture_first_s = time.perf_counter(), captured_s()
