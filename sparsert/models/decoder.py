@@ -55,13 +55,14 @@ class Norm(nn.Module):
         """Finish the last layer, add it to the residual stream, and norm the sum.
 
         Args:
-            pending: of the last layer.
+            pending: of the last layer; taken, so that what it holds can go as soon as it has been used.
             consumer: what takes the result, if it can take one whose division is put off.
 
         Returns:
             (stream, normed), each ``[batch, tokens, hidden]``; normed is deferred only if ``consumer`` takes that.
         """
-        x, stream, layer, post_norm = pending
+        x, stream = pending.take()
+        layer, post_norm = pending.layer, pending.post_norm
         defers = not self.centered and self.bias is None and post_norm is None and stream is not None
         if defers and isinstance(layer, SparseLinear) and consumer is not None and consumer.takes_deferred(x):
             assert stream is not None
@@ -77,20 +78,47 @@ class Norm(nn.Module):
         )
 
 
-class Pending(NamedTuple):
+class Pending:
     """What is still to be added to the residual stream.
 
+    Whoever calls a block holds its arguments until it returns, and the widest activations of a prompt with them; hence
+    tensors that can be taken out.
+
     Attributes:
-        x: ``[batch, tokens, width]``, perhaps in tiles: input of the last layer's output projection.
-        stream: the residual stream, ``[batch, tokens, hidden]``; None at the start, where x is the stream.
         layer: the output projection, still to be applied; None at the start.
         post_norm: norms what is added, or None.
     """
 
-    x: Tensor | ops.Tiled
-    stream: Tensor | None = None
-    layer: nn.Module | None = None
-    post_norm: Norm | None = None
+    __slots__ = ("_tensors", "layer", "post_norm")
+
+    def __init__(
+        self,
+        x: Tensor | ops.Tiled,
+        stream: Tensor | None = None,
+        layer: nn.Module | None = None,
+        post_norm: Norm | None = None,
+    ) -> None:
+        """Make one.
+
+        Args:
+            x: ``[batch, tokens, width]``, perhaps in tiles: input of the last layer's output projection.
+            stream: the residual stream, ``[batch, tokens, hidden]``; None at the start, where x is the stream.
+            layer, post_norm: see above.
+        """
+        self._tensors: tuple[Tensor | ops.Tiled, Tensor | None] | None = (x, stream)
+        self.layer, self.post_norm = layer, post_norm
+
+    def take(self) -> tuple[Tensor | ops.Tiled, Tensor | None]:
+        """x and the stream, once."""
+        assert self._tensors is not None, "taken before"
+        tensors, self._tensors = self._tensors, None
+        return tensors
+
+    def at(self, rows: Tensor) -> Pending:
+        """The same of some tokens only; takes what is here."""
+        x, stream = self.take()
+        picked = _pick(stream, rows) if stream is not None else None
+        return Pending(_pick(ops.to_rows(x), rows), picked, self.layer, self.post_norm)
 
 
 class MLP(nn.Module):
@@ -159,7 +187,7 @@ class DecoderBlock(nn.Module):
         """Run the block.
 
         Args:
-            pending: of the layer before.
+            pending: of the layer before; taken.
             attention: see :class:`Attention`.
             slot: of the block's attention layer; without meaning if it has none.
             runs_attention, runs_mlp: leave out a layer that is there.
@@ -170,6 +198,7 @@ class DecoderBlock(nn.Module):
         if runs_attention and self.self_attn is not None and self.attention_norm is not None:
             stream, normed = self.attention_norm(pending, self.self_attn.qkv_proj)
             attended = self.self_attn(normed, attention, slot)
+            del normed
             pending = Pending(attended, stream, self.self_attn.o_proj, self.attention_post_norm)
         if runs_mlp and self.mlp is not None and self.mlp_norm is not None:
             stream, normed = self.mlp_norm(pending, self.mlp.gate_up_proj)
@@ -273,24 +302,23 @@ class DecoderModel(nn.Module):
         if attention is None:
             self.reserve_positions_(tokens.shape[1])
             attention = CausalAttention()
-        x = self.embed_tokens(tokens)
-        if self.config.embedding_scale is not None:
-            x = x * _rounded(self.config.embedding_scale, self.dtype)
-        pending = Pending(x)
+        pending = Pending(self._embed(tokens))
         for stop in route:
             pending = stop.block(
                 pending, attention, stop.slot, runs_attention=stop.runs_attention, runs_mlp=stop.runs_mlp
             )
         if rows is not None:
             if rows.numel() == 0:  # the run was for the cache
-                return x.new_empty((*rows.shape, self.config.vocab_size))
-            stream = pending.stream
-            pending = pending._replace(
-                x=_pick(ops.to_rows(pending.x), rows), stream=_pick(stream, rows) if stream is not None else None
-            )
+                return torch.empty((*rows.shape, self.config.vocab_size), dtype=self.dtype, device=self.device)
+            pending = pending.at(rows)
         logits: Tensor = self.lm_head(self.norm(pending)[1])
         cap = self.config.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.embed_tokens(tokens)
+        scale = self.config.embedding_scale
+        return x if scale is None else x * _rounded(scale, self.dtype)
 
     def _route(self, plan: LayerPlan) -> tuple[_Stop, ...]:
         """The blocks that a plan runs; checked once for each plan."""
