@@ -22,7 +22,7 @@ EXIT_SLOWER = 3
 
 _EXAMPLES = """\
 examples:
-  sparsert bench kernels --output kernels.json             single layers against cuBLAS, torch.sparse, cuSPARSELt
+  sparsert bench kernels --output kernels.json             single layers against cuBLAS, cuSPARSELt, CUTLASS
   sparsert bench latency --arch llama-3.1-8b --peers dense,hf,hf-compile --output latency.json
   sparsert bench report kernels.json latency.json -o report.html
   sparsert bench check                                     quick set against the committed records of this GPU
@@ -48,7 +48,7 @@ class _Measurement:
 
 
 MEASUREMENTS: dict[str, _Measurement] = {
-    "kernels": _Measurement("kernels", "time single linear layers against cuBLAS, torch.sparse and cuSPARSELt"),
+    "kernels": _Measurement("kernels", "time single linear layers against cuBLAS, cuSPARSELt and CUTLASS"),
     "latency": _Measurement("latency", "time to first token and per token, by batch and length, against peers"),
     "throughput": _Measurement("throughput", "measure tokens per second of many prompts, against peers"),
     "fit": _Measurement("fit", "find the largest batch and the longest output that fit into a given memory"),

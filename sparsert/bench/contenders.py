@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from sparsert import ops
-from sparsert.bench import cusparselt
+from sparsert.bench import cusparselt, cutlass
+from sparsert.bench.search import fastest_correct
 from sparsert.bench.timing import copies_for
 from sparsert.errors import UnsupportedError
 from sparsert.formats import Packed24
@@ -25,7 +26,7 @@ from sparsert.formats.semi_structured import why_unsupported
 from sparsert.models.random import prune_at_random_
 
 #: In the order in which they are listed; ``dense`` is what the others are compared with.
-CONTENDERS = ("dense", "ours", "ours-triton", "torch-sparse", "cusparselt")
+CONTENDERS = ("dense", "ours", "ours-triton", "torch-sparse", "cusparselt", "cutlass")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,13 +145,30 @@ class CuSparseLt:
         rows = -(-batch // cusparselt.ROW_MULTIPLE) * cusparselt.ROW_MULTIPLE
         x_t = torch.nn.functional.pad(x, (0, 0, 0, rows - batch)).t()
         found = cusparselt.search(self._weights, x_t, lambda y: is_correct(y.t()[:batch]), batch)
-        counts = {"tried": found.tried, "wrong": found.wrong, "refused": found.refused}
         return Bound(
             str(found.best),
             self._weights,
             lambda weight: found.best.run(weight, x_t).t()[:batch],
-            {"search": counts},
+            {"search": found.counts()},
         )
+
+
+class Cutlass:
+    """CUTLASS's sparse GEMM of Hopper with the fastest kernel that gives right results, of those that are compiled."""
+
+    def __init__(self, layer: Layer) -> None:
+        reason = cutlass.why_not(layer.weight.device, layer.weight.dtype)
+        if reason is not None:
+            raise UnsupportedError(reason)
+        self._library = cutlass.load()
+        compressed = self._library.compress(layer.weight)
+        self.weight_bytes = compressed.nbytes
+        self._weights = [compressed.clone() for _ in range(copies_for(self.weight_bytes, layer.weight.device))]
+
+    def bind(self, x: Tensor, is_correct: Callable[[Tensor], bool]) -> Bound:
+        found = fastest_correct("CUTLASS", self._library.candidates(), self._weights, x, is_correct)
+        best = found.best
+        return Bound(str(best), self._weights, lambda weight: best.run(weight, x), {"search": found.counts()})
 
 
 #: How each contender is made from a layer.
@@ -160,6 +178,7 @@ MAKERS: dict[str, Callable[[Layer], Any]] = {
     "ours-triton": OursTriton,
     "torch-sparse": TorchSparse,
     "cusparselt": CuSparseLt,
+    "cutlass": Cutlass,
 }
 
 

@@ -1,10 +1,10 @@
 """``sparsert bench kernels``: one linear layer at a time, ours against what a user would run instead.
 
 Real layer shapes, random 2:4 weights rotated past L2, everything in one process on one GPU: cuBLAS on the
-dense weight, ``torch.sparse`` as it is, and cuSPARSELt with the best algorithm that gives right results. The
-roofs that shares are quoted of (a plain read, a large dense product) are measured first. Every number stands
-beside its check against float64; what is wrong is not timed. What it gives up: a layer alone says nothing
-of the step around it; that is ``bench latency``'s and ``bench profile``'s matter.
+dense weight, ``torch.sparse`` as it is, cuSPARSELt and CUTLASS with the best of their kernels that give right results.
+The roofs that shares are quoted of (a plain read, a large dense product) are measured first. Every number stands beside
+its check against float64; what is wrong is not timed. What it gives up: a layer alone says nothing of the step around
+it; that is ``bench latency``'s and ``bench profile``'s matter.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ examples:
   sparsert bench kernels --output record.json              every layer of Llama-2-7B and Llama-3.1-8B, every peer
   sparsert bench kernels --shapes smollm2-135m --batch 1,8,64 --peers none
   sparsert bench kernels --shapes tiny --device cpu
+  SPARSERT_CUTLASS=libcutlass_sparse.so sparsert bench kernels --batch 1024,4096 --peers cutlass
+
+CUTLASS takes part where the variable SPARSERT_CUTLASS names its kernels, compiled from benchmarks/cutlass_sparse.cu.
 
 Columns: median microseconds of dense (cuBLAS) and ours; ours as GB/s of packed weight, as share of the read
 bandwidth and of the dense rate measured at the start, error against float64 as a multiple of dense's (2 is
@@ -44,7 +47,7 @@ allowed, what is worse is not timed), and how many times faster than dense each 
 """
 
 #: Names of ``--peers``; dense always runs, since everything is relative to it.
-_PEERS = ("dense", "torch-sparse", "cusparselt")
+_PEERS = ("dense", "torch-sparse", "cusparselt", "cutlass")
 _BACKENDS = ("auto", "triton")
 
 _DEFAULT_SHAPES = {"cuda": "llama-2-7b,llama-3.1-8b", "cpu": "tiny"}

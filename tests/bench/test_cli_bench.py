@@ -61,14 +61,14 @@ def test_kernels_prints_a_table_and_writes_a_record(tmp_path: Path, capsys: pyte
     assert "plain read" in lines[0] and "TFLOP/s" in lines[0]
     assert lines[1].split()[:2] == ["layer", "batch"]
     layers_printed = [line for line in lines if line.startswith("tiny ")]
-    assert len(layers_printed) == 4 * 2 and all("x" in line.split()[-4] for line in layers_printed)
+    assert len(layers_printed) == 4 * 2 and all("x" in line.split()[-5] for line in layers_printed)
     assert any(line.startswith("ours, every result checked: at least ") for line in lines)
     assert any(line.startswith("skipped: cusparselt: torch.sparse runs 2:4 weights on CUDA only") for line in lines)
     record = read_record(record_path)
     assert json.loads(lines[-1]) == record
     assert record["kind"] == "kernels" and len(record["results"]) == 4 * 2 * len(contenders.CONTENDERS)
     assert record["settings"]["contenders"] == list(contenders.CONTENDERS) and record["settings"]["batch"] == [1, 9]
-    assert {entry["peer"] for entry in record["skipped"]} == {"ours-triton", "torch-sparse", "cusparselt"}
+    assert {entry["peer"] for entry in record["skipped"]} == {"ours-triton", "torch-sparse", "cusparselt", "cutlass"}
     ours = [row for row in record["results"] if row["contender"] == "ours"]
     assert all(row["correct"] and row["share_of_read"] > 0 and row["share_of_rate"] > 0 for row in ours)
     with csv_path.open(newline="") as file:

@@ -61,7 +61,8 @@ def test_what_cannot_run_says_why_and_the_rest_goes_on() -> None:
     assert "runs on cuda" in found["ours-triton"]["reason"]
     assert "runs 2:4 weights on CUDA only" in found["torch-sparse"]["reason"]
     assert found["cusparselt"]["reason"] == "left out"
-    for name in ("ours-triton", "torch-sparse", "cusparselt"):
+    assert "are for Hopper GPUs" in found["cutlass"]["reason"]
+    for name in ("ours-triton", "torch-sparse", "cusparselt", "cutlass"):
         assert found[name]["time_us"] is None and found[name]["speedup"] is None and found[name]["correct"] is None
 
 

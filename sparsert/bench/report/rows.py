@@ -32,6 +32,7 @@ _ORDER = (
     "ours-triton",
     "torch-sparse",
     "cusparselt",
+    "cutlass",
     "hf",
     "hf-compile",
     "vllm",
