@@ -1,15 +1,13 @@
 """AdamW, with a choice of how its two moments are kept.
 
 ``float32`` is torch's own fused AdamW. ``bfloat16`` halves the memory of the moments, ``int8`` quarters it, and that is
-what makes large mask
-learning fit: the arithmetic is done in fp32, and what is written back is rounded at random, up or down with the
-probability that keeps the mean right. Rounding to nearest would lose every update smaller than 1/256 of the value that
-it is added to, which late in a schedule is all of them. The random bits follow from seed and step, so a resumed run
-draws the same ones.
+what makes large mask learning fit: the arithmetic is done in fp32, and what is written back is rounded at random, up or
+down with the probability that keeps the mean right. Rounding to nearest would lose every update smaller than 1/256 of
+the value that it is added to, which late in a schedule is all of them. The random bits follow from seed and step, so a
+resumed run draws the same ones.
 
 In ``int8`` 256 neighbours share a scale. The first moment is signed and linear; of the second the root is stored, which
-halves
-the range of its exponents, and never as 0, since it divides: a value too small for its neighbours then moves
+halves the range of its exponents, and never as 0, since it divides: a value too small for its neighbours then moves
 less than it should, never more.
 
 Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (arXiv 1711.05101); stochastic rounding as in
