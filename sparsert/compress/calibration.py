@@ -1,16 +1,13 @@
 """Hidden states of a calibration text, carried through a model block by block.
 
 One-shot pruning looks at what goes into each layer, and what goes into a block depends on how the blocks in front of it
-were pruned. So the text goes through the model once, a block at a time: the states behind block N are kept, and go
-into block N + 1 when that has been dealt with. At any time one block is on the device, and the states of the text (128
-windows of 2048 at width
-4096 in bf16: 2.1 GB) on the device or on the host.
+were pruned. So the text goes through the model once, a block at a time: the states behind block N are kept, and go into
+block N + 1 when that has been dealt with. At any time one block is on the device, and the states of the text (128
+windows of 2048 at width 4096 in bf16: 2.1 GB) on the device or on the host.
 
 What a block is given beside the states (rotation, masks) is recorded from the model's own forward, run with blocks that
-hand on
-what they get: whatever a family passes to its blocks, by whatever rule (Gemma's alternating windows), arrives as
-it would in the whole model.
-"""
+hand on what they get: whatever a family passes to its blocks, by whatever rule (Gemma's alternating windows), arrives
+as it would in the whole model. """
 
 from __future__ import annotations
 

@@ -2,9 +2,8 @@
 
 Every group of four inputs has six candidate masks and as many logits. In training a mask is a soft mixture of the six,
 drawn by Gumbel softmax (``ops/masked_weight.py``); the loss of the whole model moves the logits. Two schedules, linear
-in the steps, take
-it from exploring to choosing: the temperature falls from 4 to 0.05, and the scale of the logits, against noise of fixed
-size, rises from 100 to 500. At the end the likeliest candidate of each group is the mask.
+in the steps, take it from exploring to choosing: the temperature falls from 4 to 0.05, and the scale of the logits,
+against noise of fixed size, rises from 100 to 500. At the end the likeliest candidate of each group is the mask.
 
     logits = N(0, 0.01^2) + (overlap with the prior's mask - 1) * deviation * prior_strength
     loss   = likelihood of the text, or distance to the dense model, - regularisation * (1 - progress) * |W * M|^2
