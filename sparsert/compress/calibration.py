@@ -7,7 +7,8 @@ windows of 2048 at width 4096 in bf16: 2.1 GB) on the device or on the host.
 
 What a block is given beside the states (rotation, masks) is recorded from the model's own forward, run with blocks that
 hand on what they get: whatever a family passes to its blocks, by whatever rule (Gemma's alternating windows), arrives
-as it would in the whole model. """
+as it would in the whole model.
+"""
 
 from __future__ import annotations
 
