@@ -48,7 +48,7 @@ class Server:
         self._process = subprocess.Popen(
             [*command, *where, *arguments],
             # "-m" looks into the working directory first, where a source tree may lie that is not what is to serve
-            cwd=folder, env=vllm_environment(folder.resolve()), stdout=self._log, stderr=subprocess.STDOUT,
+            cwd=folder, env=vllm_environment(folder), stdout=self._log, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
         start = time.perf_counter()

@@ -278,9 +278,9 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
 
   // What this thread will add and multiply by first, so that the end need not wait for it. The norm's weight is nobody's
   // result and may be far away: before the wait for the kernel in front.
-  constexpr int kRowQuads = S::kRows / 4;
-  const int early = split * S::kThreads + thread, early_output = row_group * S::kRows + early % kRowQuads * 4;
-  const bool closes_early = p.residual != nullptr && early < kRowQuads * p.M;
+  constexpr int kQuads = S::kRows / 4;  // four outputs of one batch row at a time
+  const int early = split * S::kThreads + thread, early_output = row_group * S::kRows + early % kQuads * 4;
+  const bool closes_early = p.residual != nullptr && early < kQuads * p.M;
   const Quad<T> early_weight = closes_early ? load_quad<T>(p.norm_weight, early_output, p.N) : Quad<T>{};
 
 #if SPARSERT_HOPPER
@@ -306,7 +306,7 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
     ptx::copy_async_commit();
   }
 
-  const Quad<T> early_residual = closes_early ? load_residual<T>(p, early / kRowQuads, early_output) : Quad<T>{};
+  const Quad<T> early_residual = closes_early ? load_residual<T>(p, early / kQuads, early_output) : Quad<T>{};
 
   // 1 / rms of each batch row, while its values are under way: the norm's division, left to this layer
   float* const scales = reinterpret_cast<float*>(shared + S::kMainBytes + S::kBarrierBytes);
@@ -423,8 +423,7 @@ __device__ __forceinline__ void linear24_block(const KernelArguments& p, unsigne
   __syncthreads();
 
   float* const squares = sums + WarpsK * S::kPlane;
-  // Four outputs of one batch row at a time; warps and then ranks are added in index order.
-  constexpr int kQuads = S::kRows / 4;
+  // Warps and then ranks are added in index order.
   auto local_sum = [&](int at) {
     float4 total = *reinterpret_cast<const float4*>(sums + at);
 #pragma unroll

@@ -60,6 +60,9 @@ _POLL_SECONDS = 1.0
 #: Lines of a dead process's standard error that are looked through for its last words.
 _TAIL_LINES = 40
 
+#: Without the working directory, which "-c" and "-m" put first: a source tree there is not the package that runs here.
+_WORKER = "import sys; sys.path[:] = filter(None, sys.path); from sparsert.bench.peer_worker import main; main()"
+
 Event = dict[str, Any]
 Events = Generator[Event, None, None]
 Start = Callable[[dict[str, Any], float], Events]
@@ -201,10 +204,6 @@ def start_process(job: dict[str, Any], silence_s: float) -> Events:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             process.stdout.close()
-
-
-#: Without the working directory, which "-c" and "-m" put first: a source tree there is not the package that runs here.
-_WORKER = "import sys; sys.path[:] = filter(None, sys.path); from sparsert.bench.peer_worker import main; main()"
 
 
 def start_here(job: dict[str, Any], silence_s: float) -> Events:
