@@ -37,6 +37,7 @@ SHAPES = (
 #: Multiprocessors of an H100, by which configs are left out that cannot be the best.
 BLOCKS = 132
 MOST_TOKEN_TILES = 8
+MOST_SMALL_BLOCKS = 2 * BLOCKS
 
 Choice = tuple[int, int, bool]
 
@@ -45,12 +46,13 @@ def candidates(configs: list[tuple[str, int, int, bool]], rows: int, batch: int)
     """(config, cluster, even) that may be the best for a layer."""
     for config, (_, outputs, tokens, split) in enumerate(configs):
         blocks = -(-rows // outputs) * -(-batch // tokens)
-        too_wide, too_small = tokens >= max(2 * batch, 65), batch >= 2048 and tokens < 192
-        # of many tokens, inputs are split only where a layer has too few outputs to fill the GPU otherwise
-        if too_wide or too_small or (split and batch > 768 and 2 * blocks > BLOCKS + 8):
+        # small tiles are for where they are needed to fill the GPU
+        too_wide, too_many = tokens >= max(2 * batch, 65), batch >= 2048 and tokens < 192 and blocks > MOST_SMALL_BLOCKS
+        if too_wide or too_many:
             continue
         for cluster in range(1, 9) if split else (1, 2):
-            if split and cluster > 1 and blocks * cluster > BLOCKS + 8:
+            # one round of blocks; of many tokens, inputs are divided only where half of the GPU would be idle
+            if split and blocks * cluster > BLOCKS + 8 and (cluster > 1 or batch > 768):
                 continue
             yield config, cluster, False
             if not split and outputs == 128 and -(-batch // tokens) <= MOST_TOKEN_TILES:

@@ -5,6 +5,7 @@
 #include <cudaTypedefs.h>
 
 #include <algorithm>
+#include <initializer_list>
 
 namespace sparsert {
 
@@ -55,36 +56,47 @@ int gemm24(const Gemm24Arguments& a, Gemm24Choice choice, int multiprocessors, b
   if (choice.cluster > (config.split ? kMaxSplits : kMaxSharers)) return cudaErrorInvalidValue;
   if (a.gated && a.N % (2 * kRowTile) != 0) return cudaErrorInvalidValue;
   if (!takes(config, a.activation, a.gated)) return cudaErrorInvalidValue;
-  if (reinterpret_cast<uintptr_t>(a.x) % 16 != 0 || a.ldx % 8 != 0) return cudaErrorMisalignedAddress;
+  for (const void* address : {a.x, a.values, static_cast<const void*>(a.metadata)})
+    if (reinterpret_cast<uintptr_t>(address) % 16 != 0) return cudaErrorMisalignedAddress;
+  if (a.ldx % 8 != 0) return cudaErrorMisalignedAddress;
   const PFN_cuTensorMapEncodeTiled_v12000 encode = tensor_map_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
 
-  // Rows of 16-bit numbers in boxes of `rows` rows and `columns` columns, which are the bytes of a swizzle.
-  auto map = [&](CUtensorMap& to, const void* address, int64_t width, int64_t stride, int columns, int rows) {
-    const cuuint64_t sizes[] = {cuuint64_t(width), cuuint64_t(a.M)}, strides[] = {cuuint64_t(stride) * 2};
-    const cuuint32_t box[] = {cuuint32_t(columns), cuuint32_t(rows)}, steps[] = {1, 1};
-    return encode(&to, a.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-                  const_cast<void*>(address), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                  columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+  // Boxes of a tensor whose innermost dimension comes first; `strides` in bytes, of the other dimensions.
+  auto map = [&](CUtensorMap& to, CUtensorMapDataType type, const void* address, std::initializer_list<cuuint64_t> sizes,
+                 std::initializer_list<cuuint64_t> strides, std::initializer_list<cuuint32_t> box, CUtensorMapSwizzle swizzle) {
+    constexpr cuuint32_t kSteps[] = {1, 1, 1};
+    return encode(&to, type, cuuint32_t(sizes.size()), const_cast<void*>(address), sizes.begin(), strides.begin(), box.begin(),
+                  kSteps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
   };
+  // Rows of 16-bit numbers in boxes of `rows` rows and `columns` columns, which are the bytes of a swizzle.
+  const CUtensorMapDataType type =
+      a.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  auto map_rows = [&](CUtensorMap& to, const void* address, int64_t width, int64_t stride, int columns, int rows) {
+    return map(to, type, address, {cuuint64_t(width), cuuint64_t(a.M)}, {cuuint64_t(stride) * 2},
+               {cuuint32_t(columns), cuuint32_t(rows)}, columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
+  };
   KernelArguments arguments;
-  if (!map(arguments.x, a.x, a.K, a.ldx, kUnit, config.tokens / (config.split ? 1 : choice.cluster)))
+  const cuuint64_t row_tiles = (a.N + kRowTile - 1) / kRowTile, units = (a.K + kUnit - 1) / kUnit;
+  const cuuint32_t block_tiles = config.outputs / kRowTile;
+  if (!map_rows(arguments.x, a.x, a.K, a.ldx, kUnit, config.tokens / (config.split ? 1 : choice.cluster)) ||
+      !map(arguments.values, type, a.values, {256, units * 2, row_tiles}, {512, units * kUnitValueBytes}, {256, 2, block_tiles},
+           CU_TENSOR_MAP_SWIZZLE_NONE) ||
+      !map(arguments.metadata, CU_TENSOR_MAP_DATA_TYPE_UINT32, a.metadata, {units * kMetadataUnitWords, row_tiles},
+           {units * kMetadataUnitBytes}, {kUnitsPerChunk * kMetadataUnitWords, block_tiles}, CU_TENSOR_MAP_SWIZZLE_NONE))
     return cudaErrorInvalidValue;
   if (!config.split) {
     const int width = a.gated ? a.N / 2 : a.N;
     const bool half = a.gated && config.outputs == kRowTile * kWarps;  // a warpgroup's 64 outputs are 32 pairs
     if (width % 8 != 0 || reinterpret_cast<uintptr_t>(a.y) % 16 != 0) return cudaErrorMisalignedAddress;
-    if (!map(arguments.y_map, a.y, width, width, half ? 32 : 64, kStagedTokens)) return cudaErrorInvalidValue;
+    if (!map_rows(arguments.y_map, a.y, width, width, half ? 32 : 64, kStagedTokens)) return cudaErrorInvalidValue;
   }
-  arguments.values = static_cast<const char*>(a.values);
-  arguments.metadata = reinterpret_cast<const char*>(a.metadata);
   arguments.bias = a.bias;
   arguments.y = a.y;
   arguments.M = a.M;
   arguments.N = a.N;
-  arguments.row_tiles = (a.N + kRowTile - 1) / kRowTile;
-  arguments.units = (a.K + kUnit - 1) / kUnit;
+  arguments.units = static_cast<int>(units);
   arguments.token_tiles = (a.M + config.tokens - 1) / config.tokens;
   arguments.cluster = choice.cluster;
   arguments.activation = a.activation;

@@ -3,11 +3,11 @@
 // The same packed bytes that linear24.cuh decodes from: a warp's registers and metadata words of mma.sp are also those of
 // wgmma.sp with A in registers, so outputs are the rows of the product and tokens its columns.
 //
-//   * Weights go from global memory straight into registers, a batch of units (64 inputs each) ahead: no shared memory, no
-//     conversion. What the tensor cores read from shared memory are the activations, and at the sparse rate that reading
-//     alone takes all that shared memory gives (128 bytes a clock); so everything else has to keep out of it.
-//   * One warp asks the copy engine for activations, swizzled, in a ring. A cluster of two blocks with different outputs
-//     shares them: each fetches half of the tokens for both, which saves a quarter of the reads from L2.
+//   * The copy engine brings all operands into a ring of stages of 64 inputs: activations swizzled, weights and metadata
+//     as they lie. Warps read the weights of the next unit into registers while the tensor cores have the one at hand.
+//     Weights do not depend on the kernel before, so the first stages are asked for while it still runs.
+//   * A cluster of two blocks with different outputs shares activations: each fetches half of the tokens for both, which
+//     saves a quarter of the reads from L2.
 //   * Two warpgroups multiply. Where a warp has two row tiles, a gate and its factor, which stand in turn, meet in one
 //     thread; where it has one, two warps swap halves. Their product needs no further pass (gemm24_write.cuh).
 //   * Blocks stay for all their tiles, in an order that keeps a few weights and a few tokens in L2; while a tile is
@@ -33,21 +33,27 @@
 
 namespace sparsert::gemm24_detail {
 
-template <int RowTiles, int Tokens, int Stages, int Depth, bool Split>
+// Shared memory: activations of all stages, their weights, metadata, outputs on their way, barriers.
+template <int RowTiles, int Tokens, int Stages, bool Split, bool Gated>
 struct Shape {
-  static constexpr int kOutputs = kRowTile * RowTiles * kWarps;
-  static constexpr int kStageBytes = Tokens * kUnitBytes;
-  static constexpr int kRingBytes = Stages * kStageBytes;
-  static constexpr int kStagedBytes = Split ? 0 : 2 * 2 * kStagedTokens * RowTiles * 128;  // two buffers a warpgroup
+  static constexpr int kRowTiles = RowTiles * kWarps, kOutputs = kRowTile * kRowTiles;
+  static constexpr int kTokenBytes = Tokens * kUnitBytes;  // of a stage
+  static constexpr int kValueBytes = kRowTiles * kUnitValueBytes;
+  // Metadata comes by the chunk, with the first of its units. A chunk is read before its first unit is multiplied, so
+  // there is room where the ring has come round to that unit again.
+  static constexpr int kMetadataBytes = kRowTiles * kChunkMetadataBytes;
+  static constexpr int kMetadataSlots = (Stages + kUnitsPerChunk - 1) / kUnitsPerChunk;
+  static constexpr int kValues = Stages * kTokenBytes, kMetadata = kValues + Stages * kValueBytes;
+  static constexpr int kRingBytes = kMetadata + kMetadataSlots * kMetadataBytes;
+  static constexpr int kStagedBytes = Split ? 0 : 2 * StagedTile<RowTiles, Gated>::kBytes;  // of two warpgroups
   // Two rooms in which warps swap gates and factors.
-  static constexpr int kExchangeBytes = Split || RowTiles == 2 ? 0 : 2 * kWarps * 32 * 16;
+  static constexpr int kExchangeBytes = !Split && Gated && RowTiles == 1 ? 2 * kWarps * 32 * 16 : 0;
   static constexpr int kSumStride = kOutputs + 4;  // floats of one token
   static constexpr int kSumBytes = Split ? Tokens * kSumStride * 4 : 0;
   static constexpr int kTileBytes = kRingBytes + kStagedBytes + kExchangeBytes;
   static constexpr int kMainBytes = kTileBytes > kSumBytes ? kTileBytes : kSumBytes;
   static constexpr int kSharedBytes = kMainBytes + 2 * Stages * 8 + 1024;  // the ring starts at a multiple of 1,024
   static_assert(kSharedBytes <= 227 * 1024);
-  static_assert(Depth == 4 || Depth == 8 || Depth == 16);
 };
 
 #if SPARSERT_WGMMA
@@ -64,185 +70,168 @@ struct Place {
   }
 };
 
-// What a warpgroup multiplies: RowTiles tiles of 16 outputs a warp, `Depth` units in flight.
-template <typename T, int RowTiles, int Tokens, int Stages, int Depth>
-struct Products {
-  float sum[RowTiles][Tokens / 2];
-  uint4 a[Depth][RowTiles][2];
-  uint32_t e[2][RowTiles][Depth / 2];  // metadata of the batch at hand and of the next one
-  const char* values;    // of the first tile and this lane
-  const char* metadata;  // of the first tile
-  int next_tile;         // units from a tile to the next; 0 where there is none
-  int unit_end;
-
-  __device__ __forceinline__ void load_values(int slot, int unit) {
-#pragma unroll
-    for (int r = 0; r < RowTiles; ++r)
-#pragma unroll
-      for (int b = 0; b < 2; ++b)
-        a[slot][r][b] =
-            ptx::load_or_zero_16(values + (unit + r * next_tile) * kUnitValueBytes + b * 512, unit < unit_end);
-  }
-  // Of a batch that begins with `unit`. In a full chunk a lane's words lie side by side, in what is left over the units do.
-  __device__ __forceinline__ void load_metadata(int slot, int unit, int units, int lane) {
-    constexpr int kTogether = Depth / 2 < kUnitsPerChunk ? Depth / 2 : kUnitsPerChunk;
-#pragma unroll
-    for (int part = 0; part < Depth / 2; part += kTogether) {
-      const int first = unit + part, chunk = first / kUnitsPerChunk * kUnitsPerChunk;
-      const bool full = chunk + kUnitsPerChunk <= units;
-      const int at = full ? lane * 16 + first % kUnitsPerChunk * 4 : (first - chunk) * kMetadataUnitBytes + lane * 4;
-#pragma unroll
-      for (int r = 0; r < RowTiles; ++r) {
-        const char* const from = metadata + (chunk + r * next_tile) * kMetadataUnitBytes + at;
-        uint32_t* const to = e[slot][r] + part;
-        if (!full) {
-#pragma unroll
-          for (int i = 0; i < kTogether; ++i)
-            to[i] = ptx::load_or_zero_4(from + i * kMetadataUnitBytes, first + i < unit_end);
-        } else if constexpr (kTogether == kUnitsPerChunk) {
-          const uint4 v = ptx::load_or_zero_16(from, first < unit_end);
-          to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-        } else {
-          const uint2 v = ptx::load_or_zero_8(from, first < unit_end);
-          to[0] = v.x, to[1] = v.y;
-        }
-      }
-    }
-  }
-  // Point at a tile and ask for its first units.
-  __device__ __forceinline__ void begin(const KernelArguments& p, int first_tile, int chunk_begin, int end, int lane) {
-    const int64_t first = int64_t(min(first_tile, p.row_tiles - 1)) * p.units;
-    unit_end = end;
-    // outputs past the end are computed from others' weights and not stored
-    next_tile = first_tile + RowTiles <= p.row_tiles ? p.units : 0;
-    values = p.values + first * kUnitValueBytes + lane * 16;
-    metadata = p.metadata + first * kMetadataUnitBytes;
-    load_metadata(0, chunk_begin * kUnitsPerChunk, p.units, lane);
-#pragma unroll
-    for (int u = 0; u < Depth / 2; ++u) load_values(u, chunk_begin * kUnitsPerChunk + u);
-  }
-};
-
-template <int RowTiles, int Tokens, int Stages, int Depth, bool Split, typename NextWork>
+template <typename S, int Tokens, int Stages, bool Split, typename NextWork>
 __device__ __forceinline__ void produce(const KernelArguments& p, uint32_t ring, uint32_t full, uint32_t empty, int rank,
                                         NextWork next_work) {
-  using S = Shape<RowTiles, Tokens, Stages, Depth, Split>;
   const int shared_by = Split ? 1 : p.cluster;
   const int box = Tokens / shared_by;  // tokens that this block fetches
   Place<Stages> place;
+  int metadata_slot = 0;
+  auto copy_weights = [&](int stage, int unit, int first_tile) {
+    const uint32_t barrier = full + stage * 8;
+    const bool chunk_begins = unit % kUnitsPerChunk == 0;
+    ptx::barrier_expect(barrier, S::kTokenBytes + S::kValueBytes + (chunk_begins ? S::kMetadataBytes : 0));
+    ptx::copy_box(ring + S::kValues + stage * S::kValueBytes, &p.values, 0, unit * 2, first_tile, barrier);
+    if (chunk_begins) {
+      const uint32_t to = ring + S::kMetadata + metadata_slot * S::kMetadataBytes;
+      ptx::copy_box(to, &p.metadata, unit * kMetadataUnitWords, first_tile, barrier);
+      if (++metadata_slot == S::kMetadataSlots) metadata_slot = 0;
+    }
+  };
+  auto first_tile_of = [&](const Work& work) { return tile_at<Split>(p, work.n, rank).group * S::kRowTiles; };
+  Work work;
+  bool more = next_work(work);
+  int early = 0;  // stages whose weights are under way before their activations may be
+  if (more) {
+    early = min(Stages, (work.end - work.begin) * kUnitsPerChunk);
+    for (int i = 0; i < early; ++i) copy_weights(i, work.begin * kUnitsPerChunk + i, first_tile_of(work));
+  }
   ptx::wait_dependency();
-  for (Work work; next_work(work);) {
-    const int first = tile_at<Split>(p, work.n, rank).tokens * Tokens;
+  for (; more; more = next_work(work)) {
+    const int first_token = tile_at<Split>(p, work.n, rank).tokens * Tokens, first_tile = first_tile_of(work);
     for (int unit = work.begin * kUnitsPerChunk; unit < work.end * kUnitsPerChunk; ++unit) {
-      const uint32_t barrier = full + place.stage * 8, to = ring + place.stage * S::kStageBytes;
+      const uint32_t barrier = full + place.stage * 8, to = ring + place.stage * S::kTokenBytes;
       ptx::barrier_wait(empty + place.stage * 8, place.parity ^ 1);
-      ptx::barrier_expect(barrier, S::kStageBytes);
-      if (shared_by == 1)
-        ptx::copy_box(to, &p.x, unit * kUnit, first, barrier);
+      if (early > 0)
+        --early;
       else
-        ptx::copy_box_shared(to + rank * box * kUnitBytes, &p.x, unit * kUnit, first + rank * box, barrier,
+        copy_weights(place.stage, unit, first_tile);
+      if (shared_by == 1)
+        ptx::copy_box(to, &p.x, unit * kUnit, first_token, barrier);
+      else
+        ptx::copy_box_shared(to + rank * box * kUnitBytes, &p.x, unit * kUnit, first_token + rank * box, barrier,
                              uint16_t((1 << shared_by) - 1));
       place.next();
     }
   }
 }
 
-template <typename T, int RowTiles, int Tokens, int Stages, int Depth, bool Split, bool Gated, typename NextWork>
+template <typename S, typename T, int RowTiles, int Tokens, int Stages, bool Split, bool Gated, typename NextWork>
 __device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring, uint32_t full, uint32_t empty,
                                         uint32_t staged, unsigned char* shared, int rank, NextWork next_work,
                                         const Schedule& schedule) {
-  using S = Shape<RowTiles, Tokens, Stages, Depth, Split>;
   const int thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
-  const int shared_by = Split ? 1 : p.cluster;
-  // Units of weights are asked for in batches, one ahead: the hardware tells loads apart by six counters, so a wait for a
-  // load is one for all that were asked for since, and a request for each unit would be waited for at once.
-  constexpr int kBatch = Depth / 2;
-  Products<T, RowTiles, Tokens, Stages, Depth> products;
-  Place<Stages> place;
-  auto begin = [&](const Work& work) {
-    const int first_tile = (tile_at<Split>(p, work.n, rank).group * kWarps + warp) * RowTiles;
-    products.begin(p, first_tile, work.begin, min(work.end * kUnitsPerChunk, p.units), lane);
+  // A stage is handed back to every block that fills it: a lane for each.
+  const bool hands_back = lane < (Split ? 1 : p.cluster);
+  const uint32_t handed_to = ptx::cluster_address(empty, Split || !hands_back ? rank : lane);
+  const uint32_t values = ring + S::kValues + warp * RowTiles * kUnitValueBytes + lane * 16;
+  const uint32_t metadata = ring + S::kMetadata + warp * RowTiles * kChunkMetadataBytes;
+
+  // The next unit's weights are read while the products of the one before are still under way, into registers of their own;
+  // or after these, when their stage has been handed back. The former is faster where the GPU is filled once and weights
+  // come from memory, the latter in long runs of tiles.
+  constexpr bool kReadsEarly = Split || (RowTiles == 1 && Tokens <= 128);
+  constexpr int kSlots = kReadsEarly ? kUnitsPerChunk : 2;
+  float sum[RowTiles][Tokens / 2];
+  uint4 a[kSlots][RowTiles][2];
+  uint32_t e[2][RowTiles][kUnitsPerChunk];  // of the chunk at hand and of the next one
+  Place<Stages> place;                       // of the unit that is multiplied next
+  int metadata_slot = 0, oldest = 0;         // stage that is handed back next
+
+  auto hand_back = [&]() {
+    if (hands_back) ptx::barrier_arrive_cluster(handed_to + oldest * 8);
+    if (++oldest == Stages) oldest = 0;
+  };
+  auto read_values = [&](int slot) {
+    ptx::barrier_wait(full + place.stage * 8, place.parity);
+#pragma unroll
+    for (int r = 0; r < RowTiles; ++r)
+#pragma unroll
+      for (int b = 0; b < 2; ++b)
+        a[slot][r][b] = ptx::load_shared_16(values + place.stage * S::kValueBytes + r * kUnitValueBytes + b * 512);
+  };
+  // In a full chunk a lane's words lie side by side, in what is left over the units do.
+  auto read_metadata = [&](int slot, int chunk) {
+    const uint32_t from = metadata + metadata_slot * S::kMetadataBytes;
+    const bool full_chunk = (chunk + 1) * kUnitsPerChunk <= p.units;
+    if (++metadata_slot == S::kMetadataSlots) metadata_slot = 0;
+#pragma unroll
+    for (int r = 0; r < RowTiles; ++r) {
+      if (full_chunk) {
+        const uint4 v = ptx::load_shared_16(from + r * kChunkMetadataBytes + lane * 16);
+        e[slot][r][0] = v.x, e[slot][r][1] = v.y, e[slot][r][2] = v.z, e[slot][r][3] = v.w;
+      } else {
+#pragma unroll
+        for (int i = 0; i < kUnitsPerChunk; ++i)
+          e[slot][r][i] = ptx::load_shared_4(from + r * kChunkMetadataBytes + i * kMetadataUnitBytes + lane * 4);
+      }
+    }
   };
   TileWriter<T, RowTiles, Tokens, Gated> writer{staged + warp / 4 * (S::kStagedBytes / 2), staged + S::kStagedBytes};
   Work work;
   bool more = next_work(work);
-  if (more) begin(work);
   ptx::wait_dependency();  // outputs may lie where the kernel before still reads
   while (more) {
     const Work now = work;
 #pragma unroll
     for (int r = 0; r < RowTiles; ++r)
 #pragma unroll
-      for (int i = 0; i < Tokens / 2; ++i) products.sum[r][i] = 0;
+      for (int i = 0; i < Tokens / 2; ++i) sum[r][i] = 0;
 
-    int last = -1;  // stage whose products are under way
-    auto release = [&]() {
-      if (last < 0) return;
-      if (shared_by == 1) {
-        if (lane == 0) ptx::barrier_arrive(empty + last * 8);
-      } else if (lane < shared_by) {
-        ptx::barrier_arrive_cluster(empty + last * 8, lane);
-      }
-    };
+    bool under_way = false;  // a unit's products besides those of the unit at hand
     auto chunk_products = [&](auto parity, int chunk) {
       constexpr int P = decltype(parity)::value;
 #pragma unroll
       for (int u = 0; u < kUnitsPerChunk; ++u) {
-        constexpr int kBase = P * kUnitsPerChunk;
-        const int slot = (kBase + u) % Depth;
-        ptx::barrier_wait(full + place.stage * 8, place.parity);
-        const uint64_t b = wgmma::descriptor(ring + place.stage * S::kStageBytes, 0);
-        const auto& words = products.e[slot / kBatch];
+        const uint64_t b = wgmma::descriptor(ring + place.stage * S::kTokenBytes, 0);
         wgmma::fence();
 #pragma unroll
-        for (int r = 0; r < RowTiles; ++r)
-          wgmma::multiply<Tokens, 0>(products.sum[r], products.a[slot][r][0], b, words[r][slot % kBatch], T{});
+        for (int r = 0; r < RowTiles; ++r) wgmma::multiply<Tokens, 0>(sum[r], a[u % kSlots][r][0], b, e[P][r][u], T{});
 #pragma unroll
         for (int r = 0; r < RowTiles; ++r)
-          wgmma::multiply<Tokens, 1>(products.sum[r], products.a[slot][r][1], b + kBlock * 2 / 16, words[r][slot % kBatch], T{});
+          wgmma::multiply<Tokens, 1>(sum[r], a[u % kSlots][r][1], b + kBlock * 2 / 16, e[P][r][u], T{});
         wgmma::commit();
-        wgmma::wait<1>();  // the unit before is done: its activations and registers are free
-        release();
-        last = place.stage;
         place.next();
-        if (slot % kBatch == 0) {
-#pragma unroll
-          for (int i = 0; i < kBatch; ++i)
-            products.load_values((slot + kBatch + i) % Depth, chunk * kUnitsPerChunk + u + kBatch + i);
-          products.load_metadata(slot / kBatch ^ 1, chunk * kUnitsPerChunk + u + kBatch, p.units, lane);
-        }
+        auto read_next = [&]() {
+          const bool chunk_ends = u + 1 == kUnitsPerChunk;
+          if (chunk_ends && chunk + 1 == now.end) return;
+          read_values((u + 1) % kSlots);
+          if (chunk_ends) read_metadata(P ^ 1, chunk + 1);
+        };
+        if constexpr (kReadsEarly) read_next();
+        wgmma::wait<1>();  // the unit before is done: its stage and registers are free
+        if (under_way) hand_back();
+        under_way = true;
+        if constexpr (!kReadsEarly) read_next();
       }
     };
-    constexpr int kChunks = Depth / kUnitsPerChunk;  // until slots repeat
-    for (int chunk = now.begin; chunk < now.end; chunk += kChunks) {
+    if (now.begin < now.end) {
+      read_values(0);
+      read_metadata(0, now.begin);
+    }
+    for (int chunk = now.begin; chunk < now.end; chunk += 2) {
       chunk_products(Selector<0>{}, chunk);
-      if constexpr (kChunks > 1)
-        if (chunk + 1 < now.end) chunk_products(Selector<1>{}, chunk + 1);
-      if constexpr (kChunks > 2) {
-        if (chunk + 2 < now.end) chunk_products(Selector<2>{}, chunk + 2);
-        if (chunk + 3 < now.end) chunk_products(Selector<3>{}, chunk + 3);
-      }
+      if (chunk + 1 < now.end) chunk_products(Selector<1>{}, chunk + 1);
     }
     wgmma::wait<0>();
-    release();
+    if (under_way) hand_back();
     more = next_work(work);
     const Tile tile = tile_at<Split>(p, now.n, rank);
     const int output = tile.group * S::kOutputs, token = tile.tokens * Tokens;
     if constexpr (!Split) {
-      if (more) begin(work);
       if constexpr (RowTiles == 1) {
         if (now.end < schedule.chunks) {
-          leave_sums(p, products.sum, thread);
+          leave_sums(p, sum, thread);
           continue;
         }
         for (int missing = now.begin, team = schedule.team - 1; missing > 0; --team) {
           const int first = max(schedule.first_of(p, team) - now.n / p.token_tiles * schedule.chunks, 0);
           const int cluster = team * p.token_tiles + schedule.member;
-          if (first < missing) collect_sums(p, products.sum, cluster * p.cluster + rank, thread);
+          if (first < missing) collect_sums(p, sum, cluster * p.cluster + rank, thread);
           missing = first;
         }
       }
-      writer.write(p, products.sum, output, token, warp, lane);
+      writer.write(p, sum, output, token, warp, lane);
     } else {
       asm volatile("bar.sync 1, 256;" ::: "memory");  // both warpgroups left the ring
       float* const sums = reinterpret_cast<float*>(shared);
@@ -251,8 +240,7 @@ __device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring,
       for (int r = 0; r < RowTiles; ++r)
 #pragma unroll
         for (int i = 0; i < Tokens / 2; ++i)
-          sums[(i / 4 * 8 + 2 * q + i % 2) * S::kSumStride + (warp * RowTiles + r) * kRowTile + g + i % 4 / 2 * 8] =
-              products.sum[r][i];
+          sums[(i / 4 * 8 + 2 * q + i % 2) * S::kSumStride + (warp * RowTiles + r) * kRowTile + g + i % 4 / 2 * 8] = sum[r][i];
       ptx::cluster_sync();
       write_sums<T, S::kOutputs, Tokens, S::kSumStride>(p, ring, output, token, rank, thread);
     }
@@ -260,9 +248,9 @@ __device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring,
   if constexpr (!Split) writer.finish(warp, lane);
 }
 
-template <typename T, int RowTiles, int Tokens, int Stages, int Depth, bool Split, bool Gated>
+template <typename T, int RowTiles, int Tokens, int Stages, bool Split, bool Gated>
 __device__ __forceinline__ void gemm24_block(const KernelArguments& p, unsigned char* given) {
-  using S = Shape<RowTiles, Tokens, Stages, Depth, Split>;
+  using S = Shape<RowTiles, Tokens, Stages, Split, Gated>;
   unsigned char* const shared = given + (1024 - ptx::shared_address(given) % 1024) % 1024;
   const uint32_t ring = ptx::shared_address(shared), staged = ring + S::kRingBytes;
   const uint32_t full = ring + S::kMainBytes, empty = full + Stages * 8;
@@ -291,25 +279,23 @@ __device__ __forceinline__ void gemm24_block(const KernelArguments& p, unsigned 
 
   if (threadIdx.x < 128) {
     ptx::give_registers<kProducerRegisters>();
-    if (threadIdx.x == 0)
-      produce<RowTiles, Tokens, Stages, Depth, Split>(p, ring, full, empty, rank, next_work);
+    if (threadIdx.x == 0) produce<S, Tokens, Stages, Split>(p, ring, full, empty, rank, next_work);
     __syncwarp();
     if (Split) ptx::cluster_sync();
   } else {
     ptx::take_registers<kConsumerRegisters>();
-    consume<T, RowTiles, Tokens, Stages, Depth, Split, Gated>(p, ring, full, empty, staged, shared, rank, next_work,
-                                                              schedule);
+    consume<S, T, RowTiles, Tokens, Stages, Split, Gated>(p, ring, full, empty, staged, shared, rank, next_work, schedule);
   }
   if (p.cluster > 1) ptx::cluster_sync();  // nobody's shared memory goes away while another block uses it
 }
 
 #endif
 
-template <typename T, int RowTiles, int Tokens, int Stages, int Depth, bool Split, bool Gated>
+template <typename T, int RowTiles, int Tokens, int Stages, bool Split, bool Gated>
 __global__ void __launch_bounds__(kThreads, 1) gemm24_kernel(const __grid_constant__ KernelArguments p) {
 #if SPARSERT_WGMMA
   extern __shared__ unsigned char shared[];
-  gemm24_block<T, RowTiles, Tokens, Stages, Depth, Split, Gated>(p, shared);
+  gemm24_block<T, RowTiles, Tokens, Stages, Split, Gated>(p, shared);
 #else
   __trap();  // csrc/select.cpp picks this kernel on a Hopper only
 #endif
@@ -320,10 +306,10 @@ __global__ void __launch_bounds__(kThreads, 1) gemm24_kernel(const __grid_consta
 
 using Launcher = cudaError_t (*)(const KernelArguments&, int blocks, bool dependent_launch, cudaStream_t);
 
-template <typename T, int RowTiles, int Tokens, int Stages, int Depth, bool Split, bool Gated>
+template <typename T, int RowTiles, int Tokens, int Stages, bool Split, bool Gated>
 cudaError_t launch(const KernelArguments& arguments, int blocks, bool dependent_launch, cudaStream_t stream) {
-  using S = Shape<RowTiles, Tokens, Stages, Depth, Split>;
-  auto kernel = gemm24_kernel<T, RowTiles, Tokens, Stages, Depth, Split, Gated>;
+  using S = Shape<RowTiles, Tokens, Stages, Split, Gated>;
+  auto kernel = gemm24_kernel<T, RowTiles, Tokens, Stages, Split, Gated>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
   if (error != cudaSuccess) return error;
   return launch_kernel(kernel, arguments, {dim3(blocks), kThreads, S::kSharedBytes, arguments.cluster}, dependent_launch,
@@ -338,26 +324,26 @@ struct Config {
   Launcher launcher, gated_launcher;
 };
 
-template <typename T, int RowTiles, int Tokens, int Stages, int Depth, bool Split>
+template <typename T, int RowTiles, int Tokens, int Stages, bool Split>
 constexpr Config make_config(const char* name) {
-  constexpr Launcher launcher = launch<T, RowTiles, Tokens, Stages, Depth, Split, false>;
+  constexpr Launcher launcher = launch<T, RowTiles, Tokens, Stages, Split, false>;
   Config config = {name, kRowTile * RowTiles * kWarps, Tokens, Split, launcher, launcher};
-  if constexpr (!Split) config.gated_launcher = launch<T, RowTiles, Tokens, Stages, Depth, Split, true>;
+  if constexpr (!Split) config.gated_launcher = launch<T, RowTiles, Tokens, Stages, Split, true>;
   return config;
 }
 
-// Row tiles a warp, tokens, stages of the ring, units of weights in flight. csrc/select.cpp counts on the order.
+// Row tiles a warp, tokens, stages of the ring. csrc/select.cpp counts on the order.
 template <typename T>
 constexpr Config kConfigs[] = {
-    make_config<T, 2, 128, 10, 4, false>("256 outputs x 128 tokens"),
-    make_config<T, 1, 256, 6, 8, false>("128 outputs x 256 tokens"),
-    make_config<T, 1, 192, 8, 8, false>("128 outputs x 192 tokens"),
-    make_config<T, 1, 128, 12, 8, false>("128 outputs x 128 tokens"),
-    make_config<T, 2, 64, 16, 8, false>("256 outputs x 64 tokens"),
-    make_config<T, 1, 32, 16, 16, true>("128 outputs x 32 tokens, inputs split"),
-    make_config<T, 1, 64, 16, 16, true>("128 outputs x 64 tokens, inputs split"),
-    make_config<T, 1, 128, 12, 16, true>("128 outputs x 128 tokens, inputs split"),
-    make_config<T, 1, 256, 6, 8, true>("128 outputs x 256 tokens, inputs split"),
+    make_config<T, 2, 128, 5, false>("256 outputs x 128 tokens"),
+    make_config<T, 1, 256, 5, false>("128 outputs x 256 tokens"),
+    make_config<T, 1, 192, 6, false>("128 outputs x 192 tokens"),
+    make_config<T, 1, 128, 8, false>("128 outputs x 128 tokens"),
+    make_config<T, 2, 64, 7, false>("256 outputs x 64 tokens"),
+    make_config<T, 1, 32, 16, true>("128 outputs x 32 tokens, inputs split"),
+    make_config<T, 1, 64, 12, true>("128 outputs x 64 tokens, inputs split"),
+    make_config<T, 1, 128, 8, true>("128 outputs x 128 tokens, inputs split"),
+    make_config<T, 1, 256, 5, true>("128 outputs x 256 tokens, inputs split"),
 };
 
 // Instantiated in a file for each number format, so that they compile side by side.

@@ -14,9 +14,11 @@ namespace sparsert::gemm24_detail {
 
 constexpr int kThreads = 384;  // one warpgroup for copies, two for products
 constexpr int kWarps = 8;      // that multiply
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 constexpr int kUnitBytes = kUnit * 2;             // of a token's activations
 constexpr int kUnitValueBytes = 2 * 512;          // of a row tile
+constexpr int kMetadataUnitWords = kMetadataUnitBytes / 4;
+constexpr int kChunkMetadataBytes = kUnitsPerChunk * kMetadataUnitBytes;  // of a row tile
 constexpr int kMaxSplits = 8;                     // portable cluster size
 constexpr int kMaxSharers = 2;                    // clusters of four do not fill a Hopper GPU
 constexpr int kStagedTokens = 32;                 // that a warpgroup writes at a time
@@ -24,14 +26,14 @@ constexpr int kStagedTokens = 32;                 // that a warpgroup writes at 
 constexpr int kRaster = 8;
 
 struct KernelArguments {
-  CUtensorMap x;      // [M, K] in boxes of 64 inputs, swizzled
-  CUtensorMap y_map;  // [M, N] or [M, N / 2] in boxes of kStagedTokens tokens, swizzled; not where inputs are split
-  const char* values;
-  const char* metadata;
+  CUtensorMap x;         // [M, K] in boxes of 64 inputs, swizzled
+  CUtensorMap values;    // [row tiles, blocks of 32 inputs, 256] in boxes of a unit and the row tiles of a block
+  CUtensorMap metadata;  // [row tiles, words] in boxes of a chunk and the row tiles of a block
+  CUtensorMap y_map;     // [M, N] or [M, N / 2] in boxes of kStagedTokens tokens, swizzled; not where inputs are split
   const void* bias;
   void* y;
   int M, N;
-  int row_tiles, units;
+  int units;
   int group_sets, token_tiles;  // sets of output groups that a cluster works on at a time: one a block, or one in all
   int cluster;                  // blocks that share activations, or over which the inputs are split
   int teams;                    // of token_tiles clusters, for even work; 0: whole tiles

@@ -10,6 +10,15 @@
 
 namespace sparsert::gemm24_detail {
 
+// Outputs of one warpgroup on their way through shared memory: kStagedTokens tokens in panels of rows, twice.
+template <int RowTiles, bool Gated>
+struct StagedTile {
+  static constexpr int kRowBytes = Gated && RowTiles == 1 ? 64 : 128;  // of a token in a panel, swizzled by as much
+  static constexpr int kPanels = RowTiles == 2 && !Gated ? 2 : 1;
+  static constexpr int kPanelBytes = kStagedTokens * kRowBytes;
+  static constexpr int kBytes = 2 * kPanels * kPanelBytes;
+};
+
 #if SPARSERT_WGMMA
 
 __device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
@@ -74,9 +83,8 @@ __device__ __forceinline__ void load_bias(float (&added)[RowTiles][2], const Ker
 // kernel of its own.
 template <typename T, int RowTiles, int Tokens, bool Gated>
 struct TileWriter {
-  static constexpr int kRowBytes = Gated && RowTiles == 1 ? 64 : 128;  // of a token in a panel, swizzled by as much
-  static constexpr int kPanels = RowTiles == 2 && !Gated ? 2 : 1;
-  static constexpr int kPanelBytes = kStagedTokens * kRowBytes;
+  using Staged = StagedTile<RowTiles, Gated>;
+  static constexpr int kRowBytes = Staged::kRowBytes, kPanels = Staged::kPanels, kPanelBytes = Staged::kPanelBytes;
   static constexpr int kPanelOutputs = kRowBytes / 2;
 
   uint32_t staged;    // this warpgroup's two buffers

@@ -174,20 +174,16 @@ __device__ __forceinline__ void wait_dependency() { asm volatile("griddepcontrol
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+// Where what stands at `address` here stands in another block of the cluster, or in this one.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t address, int rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
 }
-// The same barrier of another block of the cluster. No .release.cluster: that is a fence, which waits for every load under
-// way, and what is handed back was read by the tensor cores.
-__device__ __forceinline__ void barrier_arrive_cluster(uint32_t barrier, int rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-      "}\n" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
+// A barrier by its address in the cluster. No .release.cluster: that is a fence, which waits for every load under way, and
+// what is handed back was read by the tensor cores.
+__device__ __forceinline__ void barrier_arrive_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 // A box of a tensor map, laid out and swizzled as the map says; elements outside the tensor arrive as zeros.
 __device__ __forceinline__ void copy_box(uint32_t to, const void* map, int column, int row, uint32_t barrier) {
@@ -196,7 +192,13 @@ __device__ __forceinline__ void copy_box(uint32_t to, const void* map, int colum
       "l"(map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
-// The same into every block of the cluster that `blocks` has a bit of, at the same addresses, barriers included.
+__device__ __forceinline__ void copy_box(uint32_t to, const void* map, int column, int row, int plane, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(plane), "r"(barrier)
+      : "memory");
+}
+// The same, of two dimensions, into every block of the cluster that `blocks` has a bit of, at the same addresses, barriers included.
 __device__ __forceinline__ void copy_box_shared(uint32_t to, const void* map, int column, int row, uint32_t barrier,
                                                 uint16_t blocks) {
   asm volatile(
@@ -217,47 +219,6 @@ __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.comm
 template <int Pending>
 __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
-}
-// 16 and 4 bytes that this launch reads but once from here, or zeros.
-__device__ __forceinline__ uint4 load_or_zero_16(const void* from, bool exists) {
-  uint4 v;
-  asm volatile(
-      "{\n"
-      ".reg .pred there;\n"
-      "setp.ne.b32 there, %5, 0;\n"
-      "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-      "@there ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-      "}\n"
-      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-      : "l"(from), "r"(int(exists)));
-  return v;
-}
-// 8 and 4 bytes whose neighbours will be asked for soon, or zeros.
-__device__ __forceinline__ uint2 load_or_zero_8(const void* from, bool exists) {
-  uint2 v;
-  asm volatile(
-      "{\n"
-      ".reg .pred there;\n"
-      "setp.ne.b32 there, %3, 0;\n"
-      "mov.b32 %0, 0;\nmov.b32 %1, 0;\n"
-      "@there ld.global.nc.v2.u32 {%0, %1}, [%2];\n"
-      "}\n"
-      : "=&r"(v.x), "=&r"(v.y)
-      : "l"(from), "r"(int(exists)));
-  return v;
-}
-__device__ __forceinline__ uint32_t load_or_zero_4(const void* from, bool exists) {
-  uint32_t v;
-  asm volatile(
-      "{\n"
-      ".reg .pred there;\n"
-      "setp.ne.b32 there, %2, 0;\n"
-      "mov.b32 %0, 0;\n"
-      "@there ld.global.nc.u32 %0, [%1];\n"
-      "}\n"
-      : "=&r"(v)
-      : "l"(from), "r"(int(exists)));
-  return v;
 }
 // A mark between blocks: what was written before the one is seen after the other.
 __device__ __forceinline__ void store_release(unsigned long long* to, unsigned long long v) {
@@ -288,20 +249,16 @@ __device__ __forceinline__ void take_registers() {
 }
 // Four floats of another block's shared memory.
 __device__ __forceinline__ float4 load_cluster(uint32_t address, int rank) {
-  uint32_t remote;
   float4 v;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(remote)
+               : "r"(cluster_address(address, rank))
                : "memory");
   return v;
 }
 __device__ __forceinline__ float load_cluster_float(uint32_t address, int rank) {
-  uint32_t remote;
   float v;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote) : "memory");
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(cluster_address(address, rank)) : "memory");
   return v;
 }
 #endif
