@@ -5,7 +5,7 @@
 //
 //   * The copy engine brings all operands into a ring of stages of 64 inputs: activations swizzled, weights and metadata
 //     as they lie. Warps read the weights of the next unit into registers while the tensor cores have the one at hand.
-//     Weights do not depend on the kernel before, so the first stages are asked for while it still runs.
+//     Weights have a thread of their own, which waits for no kernel before.
 //   * A cluster of two blocks with different outputs shares activations: each fetches half of the tokens for both, which
 //     saves a quarter of the reads from L2.
 //   * Two warpgroups multiply. Where a warp has two row tiles, a gate and its factor, which stand in turn, meet in one
@@ -70,48 +70,48 @@ struct Place {
   }
 };
 
+// The thread that asks for weights and metadata. These do not depend on the kernel before.
+template <typename S, int Stages, bool Split, typename NextWork>
+__device__ __forceinline__ void copy_weights(const KernelArguments& p, uint32_t ring, uint32_t full, uint32_t empty, int rank,
+                                             NextWork next_work) {
+  Place<Stages> place;
+  int metadata_slot = 0;
+  for (Work work; next_work(work);) {
+    const int first_tile = tile_at<Split>(p, work.n, rank).group * S::kRowTiles;
+    for (int unit = work.begin * kUnitsPerChunk; unit < work.end * kUnitsPerChunk; ++unit, place.next()) {
+      const uint32_t barrier = full + place.stage * 8;
+      const bool chunk_begins = unit % kUnitsPerChunk == 0;
+      ptx::barrier_wait(empty + place.stage * 8, place.parity ^ 1);
+      ptx::barrier_expect(barrier, S::kValueBytes + (chunk_begins ? S::kMetadataBytes : 0));
+      ptx::copy_box(ring + S::kValues + place.stage * S::kValueBytes, &p.values, 0, unit * 2, first_tile, barrier);
+      if (chunk_begins) {
+        const uint32_t to = ring + S::kMetadata + metadata_slot * S::kMetadataBytes;
+        ptx::copy_box(to, &p.metadata, unit * kMetadataUnitWords, first_tile, barrier);
+        if (++metadata_slot == S::kMetadataSlots) metadata_slot = 0;
+      }
+    }
+  }
+}
+
+// The thread that asks for activations.
 template <typename S, int Tokens, int Stages, bool Split, typename NextWork>
-__device__ __forceinline__ void produce(const KernelArguments& p, uint32_t ring, uint32_t full, uint32_t empty, int rank,
-                                        NextWork next_work) {
+__device__ __forceinline__ void copy_activations(const KernelArguments& p, uint32_t ring, uint32_t full, uint32_t empty,
+                                                 int rank, NextWork next_work) {
   const int shared_by = Split ? 1 : p.cluster;
   const int box = Tokens / shared_by;  // tokens that this block fetches
   Place<Stages> place;
-  int metadata_slot = 0;
-  auto copy_weights = [&](int stage, int unit, int first_tile) {
-    const uint32_t barrier = full + stage * 8;
-    const bool chunk_begins = unit % kUnitsPerChunk == 0;
-    ptx::barrier_expect(barrier, S::kTokenBytes + S::kValueBytes + (chunk_begins ? S::kMetadataBytes : 0));
-    ptx::copy_box(ring + S::kValues + stage * S::kValueBytes, &p.values, 0, unit * 2, first_tile, barrier);
-    if (chunk_begins) {
-      const uint32_t to = ring + S::kMetadata + metadata_slot * S::kMetadataBytes;
-      ptx::copy_box(to, &p.metadata, unit * kMetadataUnitWords, first_tile, barrier);
-      if (++metadata_slot == S::kMetadataSlots) metadata_slot = 0;
-    }
-  };
-  auto first_tile_of = [&](const Work& work) { return tile_at<Split>(p, work.n, rank).group * S::kRowTiles; };
-  Work work;
-  bool more = next_work(work);
-  int early = 0;  // stages whose weights are under way before their activations may be
-  if (more) {
-    early = min(Stages, (work.end - work.begin) * kUnitsPerChunk);
-    for (int i = 0; i < early; ++i) copy_weights(i, work.begin * kUnitsPerChunk + i, first_tile_of(work));
-  }
   ptx::wait_dependency();
-  for (; more; more = next_work(work)) {
-    const int first_token = tile_at<Split>(p, work.n, rank).tokens * Tokens, first_tile = first_tile_of(work);
-    for (int unit = work.begin * kUnitsPerChunk; unit < work.end * kUnitsPerChunk; ++unit) {
+  for (Work work; next_work(work);) {
+    const int first = tile_at<Split>(p, work.n, rank).tokens * Tokens;
+    for (int unit = work.begin * kUnitsPerChunk; unit < work.end * kUnitsPerChunk; ++unit, place.next()) {
       const uint32_t barrier = full + place.stage * 8, to = ring + place.stage * S::kTokenBytes;
       ptx::barrier_wait(empty + place.stage * 8, place.parity ^ 1);
-      if (early > 0)
-        --early;
-      else
-        copy_weights(place.stage, unit, first_tile);
+      ptx::barrier_expect(barrier, S::kTokenBytes);
       if (shared_by == 1)
-        ptx::copy_box(to, &p.x, unit * kUnit, first_token, barrier);
+        ptx::copy_box(to, &p.x, unit * kUnit, first, barrier);
       else
-        ptx::copy_box_shared(to + rank * box * kUnitBytes, &p.x, unit * kUnit, first_token + rank * box, barrier,
+        ptx::copy_box_shared(to + rank * box * kUnitBytes, &p.x, unit * kUnit, first + rank * box, barrier,
                              uint16_t((1 << shared_by) - 1));
-      place.next();
     }
   }
 }
@@ -267,8 +267,11 @@ __device__ __forceinline__ void gemm24_block(const KernelArguments& p, unsigned 
   };
 
   if (threadIdx.x == 0) {
+    ptx::prefetch_map(&p.values);
+    ptx::prefetch_map(&p.metadata);
+    ptx::prefetch_map(&p.x);
     for (int s = 0; s < Stages; ++s) {
-      ptx::barrier_init(full + s * 8, 1);
+      ptx::barrier_init(full + s * 8, 2);  // weights and activations
       ptx::barrier_init(empty + s * 8, kWarps * (Split ? 1 : p.cluster));
     }
     ptx::barrier_init_fence();
@@ -279,7 +282,8 @@ __device__ __forceinline__ void gemm24_block(const KernelArguments& p, unsigned 
 
   if (threadIdx.x < 128) {
     ptx::give_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) produce<S, Tokens, Stages, Split>(p, ring, full, empty, rank, next_work);
+    if (threadIdx.x == 0) copy_weights<S, Stages, Split>(p, ring, full, empty, rank, next_work);
+    if (threadIdx.x == 32) copy_activations<S, Tokens, Stages, Split>(p, ring, full, empty, rank, next_work);
     __syncwarp();
     if (Split) ptx::cluster_sync();
   } else {
