@@ -38,6 +38,7 @@ SHAPES = (
 BLOCKS = 132
 MOST_TOKEN_TILES = 8
 MOST_SMALL_BLOCKS = 2 * BLOCKS
+POWER_BATCH, NEARLY = 2048, 1.02
 
 Choice = tuple[int, int, bool]
 
@@ -93,11 +94,22 @@ def measure() -> dict[str, Any]:
     return record
 
 
+def decide(best: list[tuple[float, Choice]], batch: int) -> Choice:
+    """The fastest; of many tokens, where power decides, the fastest with shared activations if it is nearly as fast.
+
+    A long sweep warms the GPU up until its clock hides what sharing saves: 10 % of 2,048 tokens.
+    """
+    fastest, choice = best[0]
+    if batch < POWER_BATCH:
+        return choice
+    return next((other for time, other in best if other[1] > 1 and time <= NEARLY * fastest), choice)
+
+
 def table(record: dict[str, Any]) -> list[str]:
     """The record as rows of C++."""
     best: dict[tuple[int, int], dict[int, Choice]] = {}
     for layer in record["layers"]:
-        best.setdefault(tuple(layer["shape"]), {})[layer["batch"]] = layer["best"][0][1]
+        best.setdefault(tuple(layer["shape"]), {})[layer["batch"]] = decide(layer["best"], layer["batch"])
     lines = [
         "// Measured best config, cluster and whether its work is dealt out evenly, for each batch of kGemmBatches",
         "// Written by benchmarks/tune_gemm24.py; measured on one "
