@@ -127,20 +127,26 @@ __device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring,
   const uint32_t values = ring + S::kValues + warp * RowTiles * kUnitValueBytes + lane * 16;
   const uint32_t metadata = ring + S::kMetadata + warp * RowTiles * kChunkMetadataBytes;
 
-  // The next unit's weights are read while the products of the one before are still under way, into registers of their own;
-  // or after these, when their stage has been handed back. The former is faster where the GPU is filled once and weights
-  // come from memory, the latter in long runs of tiles.
-  constexpr bool kReadsEarly = Split || (RowTiles == 1 && Tokens <= 128);
-  constexpr int kSlots = kReadsEarly ? kUnitsPerChunk : 2;
+  // Units whose products are waited for together: two where those of one are too short to hide what comes between.
+  constexpr int kGroup = RowTiles == 1 && Tokens <= 64 ? 2 : 1;
+  // The weights of the next unit are read while products of the one before are still under way, into registers of their
+  // own; or after these, when their stage has been handed back. The former is faster where the GPU is filled once and
+  // weights come from memory, the latter in long runs of tiles.
+  constexpr bool kReadsEarly = kGroup == 1 && (Split || (RowTiles == 1 && Tokens <= 128));
+  constexpr int kSlots = kReadsEarly || kGroup == 2 ? kUnitsPerChunk : 2;
   float sum[RowTiles][Tokens / 2];
   uint4 a[kSlots][RowTiles][2];
   uint32_t e[2][RowTiles][kUnitsPerChunk];  // of the chunk at hand and of the next one
-  Place<Stages> place;                       // of the unit that is multiplied next
-  int metadata_slot = 0, oldest = 0;         // stage that is handed back next
+  Place<Stages> place;                      // of the unit that is read next
+  int metadata_slot = 0;
+  int current = 0, oldest = 0;              // stages: of the unit that is multiplied next; that is handed back next
 
   auto hand_back = [&]() {
-    if (hands_back) ptx::barrier_arrive_cluster(handed_to + oldest * 8);
-    if (++oldest == Stages) oldest = 0;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      if (hands_back) ptx::barrier_arrive_cluster(handed_to + oldest * 8);
+      if (++oldest == Stages) oldest = 0;
+    }
   };
   auto read_values = [&](int slot) {
     ptx::barrier_wait(full + place.stage * 8, place.parity);
@@ -149,6 +155,11 @@ __device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring,
 #pragma unroll
       for (int b = 0; b < 2; ++b)
         a[slot][r][b] = ptx::load_shared_16(values + place.stage * S::kValueBytes + r * kUnitValueBytes + b * 512);
+    place.next();
+  };
+  auto read_group = [&](int slot) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) read_values(slot + i);
   };
   // In a full chunk a lane's words lie side by side, in what is left over the units do.
   auto read_metadata = [&](int slot, int chunk) {
@@ -178,35 +189,39 @@ __device__ __forceinline__ void consume(const KernelArguments& p, uint32_t ring,
 #pragma unroll
       for (int i = 0; i < Tokens / 2; ++i) sum[r][i] = 0;
 
-    bool under_way = false;  // a unit's products besides those of the unit at hand
+    bool under_way = false;  // a group's products besides those of the group at hand
     auto chunk_products = [&](auto parity, int chunk) {
       constexpr int P = decltype(parity)::value;
 #pragma unroll
-      for (int u = 0; u < kUnitsPerChunk; ++u) {
-        const uint64_t b = wgmma::descriptor(ring + place.stage * S::kTokenBytes, 0);
+      for (int u = 0; u < kUnitsPerChunk; u += kGroup) {
         wgmma::fence();
 #pragma unroll
-        for (int r = 0; r < RowTiles; ++r) wgmma::multiply<Tokens, 0>(sum[r], a[u % kSlots][r][0], b, e[P][r][u], T{});
+        for (int i = 0; i < kGroup; ++i) {
+          const uint64_t b = wgmma::descriptor(ring + current * S::kTokenBytes, 0);
 #pragma unroll
-        for (int r = 0; r < RowTiles; ++r)
-          wgmma::multiply<Tokens, 1>(sum[r], a[u % kSlots][r][1], b + kBlock * 2 / 16, e[P][r][u], T{});
+          for (int r = 0; r < RowTiles; ++r)
+            wgmma::multiply<Tokens, 0>(sum[r], a[(u + i) % kSlots][r][0], b, e[P][r][u + i], T{});
+#pragma unroll
+          for (int r = 0; r < RowTiles; ++r)
+            wgmma::multiply<Tokens, 1>(sum[r], a[(u + i) % kSlots][r][1], b + kBlock * 2 / 16, e[P][r][u + i], T{});
+          if (++current == Stages) current = 0;
+        }
         wgmma::commit();
-        place.next();
         auto read_next = [&]() {
-          const bool chunk_ends = u + 1 == kUnitsPerChunk;
+          const bool chunk_ends = u + kGroup == kUnitsPerChunk;
           if (chunk_ends && chunk + 1 == now.end) return;
-          read_values((u + 1) % kSlots);
+          read_group((u + kGroup) % kSlots);
           if (chunk_ends) read_metadata(P ^ 1, chunk + 1);
         };
         if constexpr (kReadsEarly) read_next();
-        wgmma::wait<1>();  // the unit before is done: its stage and registers are free
+        wgmma::wait<1>();  // the group before is done: its stages and registers are free
         if (under_way) hand_back();
         under_way = true;
         if constexpr (!kReadsEarly) read_next();
       }
     };
     if (now.begin < now.end) {
-      read_values(0);
+      read_group(0);
       read_metadata(0, now.begin);
     }
     for (int chunk = now.begin; chunk < now.end; chunk += 2) {
