@@ -37,7 +37,8 @@ _MEMBER_SUFFIX = _SUFFIX + ".npy"
 #: More arrays than the linear layers of any model.
 _MAX_MEMBERS = 100_000
 
-#: Masks have no repetitions, only some bytes more often than others: a higher level takes three times as long for 3 % less.
+#: Masks have no repetitions, only some bytes more often than others: the default level makes 3 % less of them in three
+#: times as long.
 _LEVEL = 1
 
 #: What a damaged zip or array raises while it is read: zipfile and numpy pass on the errors of their parts.
