@@ -256,22 +256,21 @@ def first_logits(name: str, weight: Tensor, settings: MaskSettings, prior: Tenso
         seed: of the run.
 
     Returns:
-        ``[groups, 6]`` on the device of ``weight``.
+        ``[groups, 6]`` on the device of ``weight``, which draws the noise: another kind of device draws other numbers.
 
     Raises:
         InputError: a prior of another shape.
     """
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    noise = torch.randn(weight.numel() // 4, 6, generator=generator) * settings.logit_deviation
-    logits = noise.to(weight.device)
+    generator = torch.Generator(weight.device).manual_seed(int.from_bytes(digest[:7], "little"))
+    logits = torch.randn(weight.numel() // 4, 6, generator=generator, device=weight.device) * settings.logit_deviation
     if prior is not None:
         if prior.shape != weight.shape:
             raise InputError(
                 f"{name}: the prior's mask is {tuple(prior.shape)}, the weight {tuple(weight.shape)}; the masks are of "
                 "another model"
             )
-        groups = (prior != 0).to(weight.device, torch.float32).view(-1, 4)
+        groups = prior.to(weight.device).ne(0).view(-1, 4).float()
         overlap = groups @ candidate_masks(weight.device).t()
         logits += (overlap - 1) * logits.std() * settings.prior_strength
     return logits.to(getattr(torch, settings.logit_dtype))

@@ -192,6 +192,6 @@ def _prior(
             ):
                 store.put(name, mask)
                 progress.advance()
-        save_masks(file, store)
+        save_masks(file, store, compress=False)
     processes.wait()
     return read_masks(file, checkpoint)

@@ -72,7 +72,11 @@ class MaskStore(Mapping[str, Tensor]):
 
     def put(self, name: str, mask: Tensor) -> None:
         """Keep a mask of any device."""
-        self._bits[name] = (maskllm_bits(mask).cpu(), tuple(mask.shape))
+        self.put_bits(name, maskllm_bits(mask).cpu(), tuple(mask.shape))
+
+    def put_bits(self, name: str, bits: Tensor, shape: tuple[int, ...]) -> None:
+        """Keep a mask that is in bits already, see :func:`sparsert.formats.maskllm_bits`; on the host."""
+        self._bits[name] = (bits, shape)
 
     def __getitem__(self, name: str) -> Tensor:
         return mask_from_maskllm_bits(*self._bits[name], name)
@@ -99,17 +103,21 @@ def read_masks(path: str | Path, checkpoint: Checkpoint) -> MaskStore:
         )
     store = MaskStore()
     for name in file.names:
-        store.put(name.removesuffix(".weight"), file.mask(name, linears[name]))
+        layer, stored = name.removesuffix(".weight"), file.read(name, linears[name])
+        if stored.dim() == 1:  # bits; raw masks are matrices
+            store.put_bits(layer, stored, linears[name])
+        else:
+            store.put(layer, file.unpack(stored, name, linears[name]))
     return store
 
 
-def save_masks(path: str | Path, masks: Mapping[str, Tensor]) -> None:
-    """Write MaskLLM's npz.
+def save_masks(path: str | Path, masks: Mapping[str, Tensor], *, compress: bool = True) -> None:
+    """Write MaskLLM's npz, see :func:`sparsert.checkpoint.write_maskllm`.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
-    write_maskllm(path, ((f"{name}.weight", mask) for name, mask in masks.items()))
+    write_maskllm(path, ((f"{name}.weight", mask) for name, mask in masks.items()), compress=compress)
 
 
 def check_places(output: str | None, masks_output: str | None) -> None:

@@ -23,15 +23,24 @@ def random_mask(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(4, 8), (3, 20), (1, 4), (5, 4), (17, 36)])
-def test_round_trip(tmp_path: Path, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("compress", [True, False])
+def test_round_trip(tmp_path: Path, shape: tuple[int, int], compress: bool) -> None:
     masks = {UP: random_mask(*shape, 1), DOWN: random_mask(*shape, 2)}
-    write_maskllm(tmp_path / "m.npz", masks.items())
+    write_maskllm(tmp_path / "m.npz", masks.items(), compress=compress)
     file = read_maskllm(tmp_path / "m.npz")
     assert file.names == [UP, DOWN] and len(file) == 2 and UP in file and "lm_head.weight" not in file
     file.check(dict.fromkeys((UP, DOWN), shape))
     for name, mask in masks.items():
         assert file.mask(name, shape).dtype == torch.bool
         assert torch.equal(file.mask(name, shape), mask)
+
+
+def test_random_masks_are_compressed_by_a_quarter(tmp_path: Path) -> None:
+    mask = random_mask(256, 1024)
+    write_maskllm(tmp_path / "small.npz", [(UP, mask)])
+    write_maskllm(tmp_path / "large.npz", [(UP, mask)], compress=False)
+    sizes = [(tmp_path / name).stat().st_size for name in ("small.npz", "large.npz")]
+    assert sizes[0] < 0.75 * sizes[1] and sizes[1] > mask.numel() / 8
 
 
 def test_reads_what_numpy_writes_in_the_published_layout(tmp_path: Path) -> None:
