@@ -31,12 +31,14 @@ def magnitude_masks(model: nn.Module) -> dict[str, Tensor]:
     return {name: magnitude_mask(linear.weight) for name, linear in anatomy_of(model).block_linears().items()}
 
 
-def test_first_logits_put_the_prior_ahead() -> None:
-    weight = torch.randn(60, 80)
-    prior = magnitude_mask(weight)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_first_logits_put_the_prior_ahead(device: str) -> None:
+    weight = torch.randn(60, 80, device=device)
+    prior = magnitude_mask(weight).cpu()  # as it comes from a file
     logits = first_logits("a", weight, MaskSettings(prior_strength=3), prior, seed=1)
     # noise of one deviation against a lead of three
-    assert float((hard_mask(logits, (60, 80)) == prior).float().mean()) > 0.95
+    assert logits.device == weight.device
+    assert float((hard_mask(logits, (60, 80)).cpu() == prior).float().mean()) > 0.95
     best, worst = logits.max(1).values - logits.median(1).values, logits.median(1).values - logits.min(1).values
     assert float(best.mean()) == pytest.approx(0.03, rel=0.3) and float(worst.mean()) == pytest.approx(0.03, rel=0.3)
     none = first_logits("a", weight, MaskSettings(), None, seed=1)
