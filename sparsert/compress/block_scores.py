@@ -1,13 +1,17 @@
 """How much a model needs each of its transformer blocks: four criteria, the lowest score goes first.
 
     magnitude    sum of |w| over the weights of the block                     no text, milliseconds
-    taylor       sum of |w * dL/dw|, the gradient summed over all windows     one backward pass
+    taylor       sum of |w * dL/dw|, the mean of short texts' gradients       one backward pass
     perplexity   exp(loss) of the model without this block                    a forward pass a block
     influence    1 - mean cosine of what goes into and comes out of it        one forward pass
 
 Magnitude and Taylor look at weights alone or at one point of the loss, and both rank the first blocks as the least
 needed, which are the ones no model survives without; hence the "+" rule in :mod:`sparsert.compress.depth`. Perplexity
 asks the question itself, block by block. Influence is nearly as good for one pass over the text.
+
+Taylor's gradient is that of ten texts of 128 tokens, as published, and not by accident: the gradient of a trained model
+over much text is near zero, and what its products with the weights then rank lowest are the late blocks together. More
+text is used as more such gradients, whose scores are averaged; one alone depends on which ten texts it saw.
 
 Each function takes the blocks that are left out already, so the same scores serve one-shot and iterative removal.
 
@@ -35,7 +39,10 @@ from sparsert.schedule import format_block_list
 #: Names of the criteria.
 CRITERIA = ("magnitude", "taylor", "perplexity", "influence")
 
-#: Called after each block (or batch) with how many are done of how many.
+#: Texts of one of Taylor's gradients, and tokens of each at most.
+TAYLOR_TEXTS, TAYLOR_TOKENS = 10, 128
+
+#: Called after each block (or batch, or gradient) with how many are done of how many.
 Progress = Callable[[int, int], None]
 
 
@@ -56,7 +63,7 @@ def score_blocks(
         criterion: one of :data:`CRITERIA`.
         windows: int64 ``[windows, length]`` of calibration text; only magnitude does without.
         skipped: blocks that are left out already.
-        batch_size: windows in one pass.
+        batch_size: windows in one pass; Taylor, which cuts them up, takes as many tokens.
         progress: called as the work goes on.
         remember: asked for every perplexity, the one criterion that takes long.
 
@@ -78,7 +85,7 @@ def score_blocks(
     with skipping(anatomy, skipped), _evaluating(anatomy.model):
         batches = batches_of(windows, batch_size, anatomy.embedding.weight.device)
         if criterion == "taylor":
-            scores = _taylor(anatomy, running, batches, report)
+            scores = _taylor(anatomy, running, windows, batch_size, report)
         elif criterion == "influence":
             scores = _influence(anatomy, running, batches, report)
         else:
@@ -118,23 +125,35 @@ def magnitude_scores(anatomy: Anatomy, blocks: Collection[int]) -> dict[int, flo
     }
 
 
-def _taylor(anatomy: Anatomy, running: list[int], batches: list[Tensor], report: Progress) -> dict[int, float]:
-    wanted = {id(weight) for block in running for weight in _weights(anatomy.blocks[block])}
-    windows = sum(batch.shape[0] for batch in batches)
-    with _only_gradients_of(anatomy.model, wanted):
-        for done, batch in enumerate(batches, start=1):
-            # the mean over all windows, so that the score does not depend on the batch size
-            loss = label_loss(anatomy, anatomy.hidden(batch), batch) * (batch.shape[0] / windows)
-            torch.autograd.backward(loss)
-            report(done, len(batches))
-        return {
-            block: math.fsum(
-                float((weight.detach().float() * weight.grad.float()).abs().sum())
-                for weight in _weights(anatomy.blocks[block])
-                if weight.grad is not None
-            )
-            for block in running
-        }
+def taylor_gradients(windows: int, length: int) -> int:
+    """How many gradients Taylor's score of so many windows is the mean of."""
+    return max(1, windows * max(1, length // TAYLOR_TOKENS) // TAYLOR_TEXTS)
+
+
+def _taylor(
+    anatomy: Anatomy, running: list[int], windows: Tensor, batch_size: int, report: Progress
+) -> dict[int, float]:
+    weights = {block: _weights(anatomy.blocks[block]) for block in running}
+    length = min(windows.shape[1], TAYLOR_TOKENS)
+    texts = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    count = taylor_gradients(*windows.shape)
+    device = anatomy.embedding.weight.device
+    sums = {block: torch.zeros((), dtype=torch.float64, device=device) for block in running}
+    with _only_gradients_of(anatomy.model, {id(weight) for block in running for weight in weights[block]}):
+        for number in range(count):
+            group = texts[number::count]  # of different windows
+            for batch in batches_of(group, max(1, batch_size * windows.shape[1] // length), device):
+                # the mean over all texts, so that the score does not depend on the batch size
+                loss = label_loss(anatomy, anatomy.hidden(batch), batch) * (batch.shape[0] / group.shape[0])
+                torch.autograd.backward(loss)
+            for block in running:
+                for weight in weights[block]:
+                    if weight.grad is not None:
+                        product = weight.detach().float() * weight.grad.float()
+                        sums[block] += product.abs_().sum(dtype=torch.float64) / count
+                        weight.grad = None
+            report(number + 1, count)
+    return {block: float(total) for block, total in sums.items()}
 
 
 def _influence(anatomy: Anatomy, running: list[int], batches: list[Tensor], report: Progress) -> dict[int, float]:

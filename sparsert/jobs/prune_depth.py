@@ -169,10 +169,14 @@ def _write_choice(
 
 
 def _passes(options: DepthOptions, num_blocks: int) -> int:
-    """How often progress is reported: once a block and round by perplexity, else once a batch and round."""
+    """How often progress is reported, each round: once a block by perplexity, a gradient by Taylor, else a batch."""
+    from sparsert.compress.block_scores import taylor_gradients
+
     rounds = -(-options.count // options.step) if options.mode == "iterative" else 1
     if options.criterion == "magnitude":
         return 0
+    if options.criterion == "taylor":
+        return rounds * taylor_gradients(options.windows, options.window)
     if options.criterion != "perplexity":
         return rounds * -(-options.windows // options.batch_size)
     if options.mode == "contiguous":

@@ -78,6 +78,29 @@ def test_taylor_is_weight_times_gradient_whatever_the_batch() -> None:
         assert score == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize(("count", "length", "gradients"), [(5, 11, 1), (13, 300, 2), (4, 1024, 3)])
+def test_taylor_is_the_mean_of_gradients_of_short_texts(count: int, length: int, gradients: int) -> None:
+    model = make_llama(num_hidden_layers=2, max_position_embeddings=2048)
+    windows = _windows(count, length)
+    done: list[tuple[int, int]] = []
+    scores = score_blocks(
+        anatomy_of(model), "taylor", windows, batch_size=3, progress=lambda number, of: done.append((number, of))
+    )
+    assert done == [(number, gradients) for number in range(1, gradients + 1)]
+    model.requires_grad_(True)
+    texts = windows[:, : length // 128 * 128].reshape(-1, 128) if length >= 128 else windows
+    expected = [0.0, 0.0]
+    for first in range(gradients):
+        texts_of_one = texts[first::gradients]
+        assert gradients == 1 or len(texts_of_one) >= 10
+        model.zero_grad()
+        model(texts_of_one, labels=texts_of_one).loss.backward()
+        for block in range(2):
+            parameters = list(model.model.layers[block].parameters())
+            expected[block] += sum(float((p * p.grad).detach().abs().sum()) for p in parameters) / gradients
+    assert list(scores.values()) == pytest.approx(expected, rel=1e-3)
+
+
 def test_perplexity_is_that_of_the_model_without_the_block() -> None:
     model = make_llama(num_hidden_layers=BLOCKS)
     windows = _windows()
