@@ -83,10 +83,10 @@ def score_blocks(
         raise InputError(f"criterion {criterion} needs calibration text; give windows of it, or use magnitude")
     check_windows(anatomy, windows)
     with skipping(anatomy, skipped), _evaluating(anatomy.model):
-        batches = batches_of(windows, batch_size, anatomy.embedding.weight.device)
         if criterion == "taylor":
             scores = _taylor(anatomy, running, windows, batch_size, report)
         elif criterion == "influence":
+            batches = batches_of(windows, batch_size, anatomy.embedding.weight.device)
             scores = _influence(anatomy, running, batches, report)
         else:
             scores = {}
@@ -142,7 +142,7 @@ def _taylor(
     with _only_gradients_of(anatomy.model, {id(weight) for block in running for weight in weights[block]}):
         for number in range(count):
             group = texts[number::count]  # of different windows
-            for batch in batches_of(group, max(1, batch_size * windows.shape[1] // length), device):
+            for batch in batches_of(group, batch_size * windows.shape[1] // length, device):
                 # the mean over all texts, so that the score does not depend on the batch size
                 loss = label_loss(anatomy, anatomy.hidden(batch), batch) * (batch.shape[0] / group.shape[0])
                 torch.autograd.backward(loss)
