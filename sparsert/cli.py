@@ -28,6 +28,8 @@ from sparsert.cli_options import build_parser
 from sparsert.errors import InputError, SparsertError, UnsupportedError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sparsert.engine import LLM, Completion
     from sparsert.engine.growing_text import StreamCallback
     from sparsert.schedule import LayerPlan
@@ -180,9 +182,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """``sparsert eval``: perplexity of a text, and tasks of lm-eval."""
     if arguments.text is None and arguments.tasks is None:
         raise InputError("there is nothing to measure; give --text FILE for its perplexity, or --tasks NAMES, or both")
-    text = None if arguments.text is None else _read_text("--text", arguments.text)
-    if text is not None and not text.strip():
-        raise InputError(f"--text {arguments.text}: holds no text; give a file with some text in it")
+    text = None if arguments.text is None else _read_text_or_ids(arguments.text)
     run_tasks = None if arguments.tasks is None else _import_lm_eval()
     blocks = _parse_block_options(arguments)
     from sparsert.evaluate import PerplexityProtocol, measure_perplexity
@@ -368,6 +368,21 @@ def _read_text(option: str, path: str) -> str:
         return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{option} {path}: cannot be read ({error}); give a UTF-8 text file") from error
+
+
+def _read_text_or_ids(path: str) -> str | Tensor:
+    """What ``--text`` names: documents with an empty line between them, or token ids."""
+    from sparsert.jobs.text_files import load_tokens, read_texts
+
+    if path == "-":
+        text = _read_text("--text", path)
+        if not text.strip():
+            raise InputError("--text -: standard input holds no text; pipe some in")
+        return text
+    try:
+        return load_tokens([path], None) if path.endswith(".npy") else "\n\n".join(read_texts(Path(path)))
+    except InputError as error:
+        raise InputError(f"--text {error}") from error
 
 
 def _import_lm_eval() -> Callable[..., dict[str, dict[str, Any]]]:

@@ -220,7 +220,11 @@ def _add_eval(commands: Any, run: Command) -> None:
     command = _add_command(commands, "eval", run, "measure perplexity on a text, or run lm-eval tasks", _EVAL_EXAMPLES)
     what = command.add_argument_group("what to measure")
     what.add_argument("--model", metavar="DIR|ID", help=_MODEL_HELP)
-    what.add_argument("--text", metavar="FILE", help="measure the perplexity of this text file; - reads stdin")
+    what.add_argument(
+        "--text",
+        metavar="FILE",
+        help="measure the perplexity of a text: .txt or .jsonl, also .gz or .xz, or token ids in .npy; - reads stdin",
+    )
     what.add_argument("--tasks", metavar="NAMES", help="run these lm-eval tasks, separated by commas")
     what.add_argument("--masks", metavar="FILE|none", help=_MASKS_HELP)
     _add_block_options(what)

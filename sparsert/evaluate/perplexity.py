@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from sparsert.engine import LLM
 from sparsert.errors import InputError
@@ -104,7 +105,7 @@ class PerplexityResult:
 
 def measure_perplexity(
     llm: LLM,
-    text: str,
+    text: str | Tensor,
     protocol: PerplexityProtocol | None = None,
     *,
     batch_size: int = 1,
@@ -114,7 +115,8 @@ def measure_perplexity(
 
     Args:
         llm: the model; its tokenizer reads the text.
-        text: the whole text. WikiText-2 is joined by two newlines in the papers.
+        text: the whole text, or its token ids, integers ``[tokens]``, as they are: of ``bos`` only ``window`` changes
+            them. WikiText-2 is joined by two newlines in the papers.
         protocol: default that of the papers.
         batch_size: windows in one forward; changes speed and memory, not the protocol.
         progress: show a bar on standard error, if that is a terminal.
@@ -124,7 +126,8 @@ def measure_perplexity(
 
     Raises:
         InputError: a window longer than the model's texts, a stride longer than the window, a text of fewer than two
-            tokens, no BOS token where one is wanted, or losses that are not finite.
+            tokens, token ids that the model does not know, no BOS token where one is wanted, or losses that are not
+            finite.
         CheckpointError: there is no tokenizer.
     """
     protocol = protocol or PerplexityProtocol()
@@ -137,8 +140,7 @@ def measure_perplexity(
     stride = text_room if protocol.stride is None else protocol.stride
     if stride > text_room:
         raise InputError(f"stride is {stride}, longer than the {text_room} tokens of text that a window holds")
-    # a tokenizer warns of texts longer than the model's, which is what the windows are for
-    tokens = list(llm.tokenizer.encode(text, add_special_tokens=protocol.bos == "text", verbose=False))
+    tokens = _tokens(llm, text, add_bos=protocol.bos == "text")
     spans = _spans(len(tokens), text_room, stride, keep_tail=protocol.keep_tail)[: protocol.max_windows]
     sequences = [prefix + tokens[begin:end] for begin, end, _ in spans]
     if not sequences or len(sequences[0]) < 2:
@@ -169,6 +171,18 @@ def measure_perplexity(
         left_out_tokens=len(tokens) - spans[-1][1],
         seconds=time.perf_counter() - started,
     )
+
+
+def _tokens(llm: LLM, text: str | Tensor, *, add_bos: bool) -> list[int]:
+    if isinstance(text, str):
+        # a tokenizer warns of texts longer than the model's, which is what the windows are for
+        return list(llm.tokenizer.encode(text, add_special_tokens=add_bos, verbose=False))
+    if text.numel() and not 0 <= int(text.min()) <= int(text.max()) < llm.model.config.vocab_size:
+        raise InputError(
+            f"the text holds token ids from {int(text.min())} to {int(text.max())}, the model knows 0 to "
+            f"{llm.model.config.vocab_size - 1}; make the ids with this model's tokenizer"
+        )
+    return [int(token) for token in text.tolist()]
 
 
 def _bos(llm: LLM) -> list[int]:

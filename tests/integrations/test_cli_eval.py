@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from tiny_chat_model import save_chat_model
 
@@ -52,6 +53,24 @@ def test_options_reach_the_protocol_and_the_plan(
     )
     assert line.startswith(f"perplexity {expected.perplexity:.4f} of -: {expected.scored_tokens:,} tokens scored in 7 ")
     assert "windows of 40, stride 15, BOS: window; " in line
+
+
+def test_documents_and_token_ids(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llm = LLM(model, device="cpu")
+    documents = [TEXT, "Another tower stands upright."]
+    lines = tmp_path / "text.jsonl"
+    lines.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    ids = tmp_path / "ids.npy"
+    tokens = llm.tokenizer.encode(TEXT)
+    np.save(ids, np.array(tokens, dtype=np.uint16))
+    whole = measure_perplexity(llm, "\n\n".join(documents)).perplexity
+    for file, expected in ((lines, whole), (ids, measure_perplexity(llm, TEXT).perplexity)):
+        assert main(["eval", "--model", str(model), "--text", str(file), "--device", "cpu", "--json"]) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert record["perplexity"]["perplexity"] == pytest.approx(expected)
+    np.save(ids, np.array([*tokens, 70000]))
+    assert main(["eval", "--model", str(model), "--text", str(ids), "--device", "cpu"]) == 2
+    assert "holds token ids from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
