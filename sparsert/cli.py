@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsert.cli_bench import add_bench
 from sparsert.cli_convert import convert, mask_method
-from sparsert.cli_jobs import add_jobs, add_ways_to_prune
+from sparsert.cli_jobs import add_jobs, add_ways_to_prune, read_documents
 from sparsert.cli_options import build_parser
 from sparsert.errors import InputError, SparsertError, UnsupportedError
 
@@ -372,15 +372,13 @@ def _read_text(option: str, path: str) -> str:
 
 def _read_text_or_ids(path: str) -> str | Tensor:
     """What ``--text`` names: documents with an empty line between them, or token ids."""
-    from sparsert.jobs.text_files import load_tokens, read_texts
-
     if path == "-":
         text = _read_text("--text", path)
         if not text.strip():
             raise InputError("--text -: standard input holds no text; pipe some in")
         return text
     try:
-        return load_tokens([path], None) if path.endswith(".npy") else "\n\n".join(read_texts(Path(path)))
+        return read_documents(path)
     except InputError as error:
         raise InputError(f"--text {error}") from error
 

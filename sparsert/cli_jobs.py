@@ -12,9 +12,13 @@ import dataclasses
 import functools
 import importlib
 import json
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sparsert.jobs.options import add_options, parse_options
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,3 +201,14 @@ def _add_job(commands: Any, job: Job) -> None:
     add_options(parser, getattr(module, job.options))
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.set_defaults(run=functools.partial(run_job, job))
+
+
+def read_documents(path: str) -> str | Tensor:
+    """A text file as jobs read it: its documents with an empty line between them, or the token ids of ``.npy``.
+
+    Raises:
+        InputError: the file cannot be read or holds nothing.
+    """
+    from sparsert.jobs.text_files import load_tokens, read_texts
+
+    return load_tokens([path], None) if path.endswith(".npy") else "\n\n".join(read_texts(Path(path)))
