@@ -177,12 +177,14 @@ def _tokens(llm: LLM, text: str | Tensor, *, add_bos: bool) -> list[int]:
     if isinstance(text, str):
         # a tokenizer warns of texts longer than the model's, which is what the windows are for
         return list(llm.tokenizer.encode(text, add_special_tokens=add_bos, verbose=False))
-    if text.numel() and not 0 <= int(text.min()) <= int(text.max()) < llm.model.config.vocab_size:
+    tokens: list[int] = text.tolist()
+    highest = llm.model.config.vocab_size - 1
+    if tokens and not 0 <= min(tokens) <= max(tokens) <= highest:
         raise InputError(
-            f"the text holds token ids from {int(text.min())} to {int(text.max())}, the model knows 0 to "
-            f"{llm.model.config.vocab_size - 1}; make the ids with this model's tokenizer"
+            f"the text holds token ids from {min(tokens)} to {max(tokens)}, the model knows 0 to {highest}; make the "
+            "ids with this model's tokenizer"
         )
-    return [int(token) for token in text.tolist()]
+    return tokens
 
 
 def _bos(llm: LLM) -> list[int]:
